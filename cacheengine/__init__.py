@@ -1,0 +1,1 @@
+"""The tiered KV cache engine that runs inside vLLM workers."""

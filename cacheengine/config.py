@@ -1,0 +1,162 @@
+"""The engine's knobs, and the one loader every process uses.
+
+defaults < YAML file < CAIRN_* environment < flags.  Unknown keys are errors that name the nearest known key.
+Nothing else in the tree reads the environment or a configuration file.  docs/config.md is generated from
+these fields.
+"""
+
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+
+ENV_PREFIX = "CAIRN_"
+CONFIG_FILE_ENV = "CAIRN_CONFIG"
+# Spellings people bring from LMCache, and what we call the same thing.
+ALIASES = {
+    "chunk_size": "chunk_tokens",
+    "remote_url": "redis_url",
+    "local_disk": "disk_path",
+    "max_local_disk_size": "disk_bytes",
+    "max_local_cpu_size": "host_bytes",
+}
+_GIB_ALIASES = {"max_local_cpu_size", "max_local_disk_size"}  # plain numbers there mean GiB
+
+
+class ConfigError(ValueError):
+    """A configuration somebody can fix: one sentence that says what to do."""
+
+
+def _at_least_one(value: int) -> int:
+    if value < 1:
+        raise ValueError("must be at least 1")
+    return value
+
+
+Positive = Annotated[int, AfterValidator(_at_least_one)]
+
+
+class Config(BaseModel):
+    """Base of every process's configuration: frozen, closed, loadable."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | None = None,
+        env: Mapping[str, str] | None = None,
+        **flags: Any,
+    ) -> Self:
+        """Merge file, environment and flags.  Raises ConfigError with one sentence a person can act on."""
+        env = os.environ if env is None else env
+        path = path or env.get(CONFIG_FILE_ENV) or None
+        merged = _translate(_read_yaml(Path(path)) if path else {})
+        for name in cls.model_fields:
+            if (value := env.get(ENV_PREFIX + name.upper())) is not None:
+                merged[name] = value
+        merged.update(_translate({k: v for k, v in flags.items() if v is not None}))
+        for name in merged:
+            if name not in cls.model_fields:
+                near = get_close_matches(name, list(cls.model_fields), 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"unknown key {name!r}{hint}")
+        try:
+            return cls(**merged)
+        except ValidationError as exc:
+            first = exc.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "configuration"
+            # the offending value is left out: it may be a secret
+            raise ConfigError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file at {path}") from None
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"{path} is not valid YAML: {str(exc).splitlines()[0]}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines")
+    return {str(k): v for k, v in loaded.items()}
+
+
+def _translate(given: dict[str, Any]) -> dict[str, Any]:
+    out = {}
+    for name, value in given.items():
+        if name in _GIB_ALIASES and isinstance(value, int | float):
+            value = int(value * (1 << 30))
+        out[ALIASES.get(name, name)] = value
+    return out
+
+
+class CacheConfig(Config):
+    """Knobs of the cache engine inside one vLLM worker."""
+
+    chunk_tokens: Positive = Field(
+        256,
+        description="Tokens in a chunk, the unit of reuse; a multiple of vLLM's block size. "
+        "Leave it alone unless most prompts are shorter than 512 tokens.",
+    )
+    host_bytes: ByteSize = Field(
+        ByteSize(2 << 30),
+        description="Host memory arena per rank, in bytes (2GiB, 512MiB …). "
+        "Leave it alone until `cairn status` shows the host tier full.",
+    )
+    disk_path: str = Field(
+        "", description="Directory of the disk tier; empty turns it off. Use a local NVMe file system."
+    )
+    disk_bytes: ByteSize = Field(
+        ByteSize(4 << 30),
+        description="Hard capacity of the disk tier per rank, preallocated. Only used when disk_path is set.",
+    )
+    redis_url: str = Field(
+        "",
+        description="Redis or Valkey that workers share (redis:// or unix://); empty turns the shared tier "
+        "and the chunk index off. Put it in CAIRN_REDIS_URL, not in argv, when it holds a password.",
+    )
+    redis_ttl_seconds: Positive = Field(
+        86_400, description="Expiry of shared chunks in seconds. Leave it alone unless models change daily."
+    )
+    redis_timeout_ms: Positive = Field(
+        500, description="Deadline of one Redis operation in milliseconds; later is a miss."
+    )
+    io_threads: Positive = Field(
+        2, description="Threads that move chunks, placed on cores vLLM does not compute on."
+    )
+    write_queue_chunks: Positive = Field(
+        256,
+        description="Chunks that may wait for the disk or Redis; beyond it writes are dropped and counted.",
+    )
+    index_ttl_seconds: Positive = Field(
+        1800, description="Expiry of a chunk's index entry in seconds; re-announced before that."
+    )
+    lease_seconds: Positive = Field(
+        6, description="A silent worker is forgotten after this many seconds; it beats three times as often."
+    )
+    worker_id: str = Field(
+        "", description="Stable name of this worker; names its disk folder too. Empty: host name and port."
+    )
+    worker_url: str = Field("", description="Base URL under which the gateway reaches this worker.")
+    weights_fingerprint: str = Field(
+        "",
+        description="Overrides the fingerprint of the weights that goes into the namespace. "
+        "Leave it alone unless workers load equal weights from different paths.",
+    )
+    verify_loads: bool = Field(
+        False,
+        description="Re-read every loaded KV page and compare its checksum with the stored one. For tests.",
+    )
+
+    @model_validator(mode="after")
+    def _sane(self) -> Self:
+        if self.chunk_tokens % 16:
+            raise ValueError(f"chunk_tokens={self.chunk_tokens} must be a multiple of 16")
+        return self

@@ -1,0 +1,259 @@
+"""The half of the connector that lives beside vLLM's scheduler: owns the map, plans, publishes."""
+
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from cacheengine.config import CacheConfig
+from cacheengine.connectors.geometry import served_name
+from cacheengine.connectors.planner import Planner, Scheduled
+from cacheengine.connectors.tiers import disk_folder, disk_slots, host_slots, redis_tier
+from cacheengine.connectors.wire import EngineStats, RankWords, StepPlans
+from cacheengine.errors import CacheError
+from cacheengine.index_schema import Entry, WorkerInfo
+from cacheengine.index_writer import IndexWriter
+from cacheengine.keys import ChunkKey, probe_keys
+from cacheengine.layout import KVLayout
+from cacheengine.metrics import Tally
+from cacheengine.plan import DISK, HOST, REDIS
+from cacheengine.store import NO_PARENT, Store
+from cacheengine.tier import Ref
+from cacheengine.tiers.disk import scan
+from cacheengine.tiers.wrap import Breaker
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger("cairn.scheduler")
+
+REDIS_REMEMBERED = 200_000  # chunks we remember having put there; Redis itself is asked before every load
+PATIENCE_FACTOR = 2.0  # a Redis look-up may take this many deadlines before it counts as a miss
+
+
+class SchedulerHalf:
+    """One writer: everything but the two callbacks of the index thread runs on vLLM's scheduler thread."""
+
+    def __init__(self, vllm_config: "VllmConfig", layout: KVLayout, config: CacheConfig) -> None:
+        self._config, self._layout = config, layout
+        self._served = served_name(vllm_config)
+        self._ranks = vllm_config.parallel_config.world_size
+        self._tally = Tally()
+        self._evicted: dict[str, int] = {}
+        slots = {HOST: host_slots(config, layout)}
+        if config.disk_path:
+            slots[DISK] = disk_slots(config, layout)
+        if config.redis_url:
+            slots[REDIS] = REDIS_REMEMBERED
+        self.store = Store(slots)
+        if config.disk_path:
+            self._restore_disk()
+        self._remote = _Remote(config, layout, self._served, self._ranks) if config.redis_url else None
+        patience = PATIENCE_FACTOR * config.redis_timeout_ms / 1000
+        probe = self._remote.ask if self._remote else _nobody
+        self.planner = Planner(
+            layout.scheme, self.store, layout.block_tokens, self._ranks, probe, patience, self._tally
+        )
+        self._live: dict[str, Request] = {}
+        self._refused: set[str] = set()
+        self._index = self._start_index(vllm_config) if config.redis_url else None
+
+    # -- a request's life --------------------------------------------------------------------------
+
+    def begin(self, request: "Request") -> None:
+        reason = _uncacheable(request)
+        if reason:
+            if reason not in self._refused:
+                logger.info("not cached: %s", reason)
+                self._refused.add(reason)
+            return
+        self._live[request.request_id] = request
+        self.planner.begin(request.request_id, request.all_token_ids, _tags(request))
+
+    def matched(self, request: "Request", computed: int) -> int | None:
+        return self.planner.matched(request.request_id, request.all_token_ids, computed)
+
+    def allocated(self, request: "Request", blocks: Sequence[int], external: int) -> None:
+        self.planner.allocated(request.request_id, blocks, external)
+
+    def plans(self, output: "SchedulerOutput") -> StepPlans:
+        """What the step about to run should load and save."""
+        cached = output.scheduled_cached_reqs
+        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        state = output.kv_connector_block_state
+        scheduled = []
+        for req_id, new in output.num_scheduled_tokens.items():
+            request = self._live.get(req_id)
+            blocks = state.get_block_ids(req_id) if state is not None and request is not None else None
+            if request is not None and blocks is not None:
+                scheduled.append(Scheduled(req_id, request.all_token_ids, computed[req_id], new, blocks[0]))
+        plans = self.planner.step(scheduled)
+        self._publish()
+        return StepPlans(plans)
+
+    def heard(self, words: RankWords) -> None:
+        for timing in words.timings:
+            tier = HOST if timing.op == "scatter" else timing.tier
+            if timing.op in ("read", "scatter"):
+                self.planner.rates.observe_read(tier, timing.bytes, timing.seconds)
+        self.planner.report(words.words)
+        self._publish()
+
+    def end(self, req_id: str) -> None:
+        self._live.pop(req_id, None)
+        self.planner.end(req_id)
+
+    def clear(self) -> None:
+        self.store.clear()
+        self._publish()
+
+    @property
+    def busy(self) -> bool:
+        """Reports are still out: keep the engine stepping so that they are heard."""
+        return self.store.busy
+
+    def stats(self) -> EngineStats | None:
+        for tier, total in self.store.evicted.items():
+            self._tally.add("cairn_engine_evicted_chunks_total", total - self._evicted.get(tier, 0), tier)
+            self._evicted[tier] = total
+        values = self._tally.take()
+        if not values:
+            return None
+        for tier, (used, capacity) in self.store.fill().items():
+            values["cairn_engine_used_chunks", (tier,)] = used
+            values["cairn_engine_capacity_chunks", (tier,)] = capacity
+        return EngineStats.of(values)
+
+    def close(self) -> None:
+        if self._index is not None:
+            self._index.close()
+        if self._remote is not None:
+            self._remote.close()
+
+    # -- the index ---------------------------------------------------------------------------------
+
+    def _start_index(self, vllm_config: "VllmConfig") -> IndexWriter:
+        config, layout = self._config, self._layout
+        info = WorkerInfo(
+            worker_id=config.worker_id or f"{socket.gethostname()}-{os.getpid()}",
+            url=config.worker_url,
+            model=self._served,
+            model_path=vllm_config.model_config.model,
+            namespace=layout.scheme.namespace.hex(),
+            chunk_tokens=layout.chunk_tokens,
+            probe_keys=tuple(probe_keys(layout.scheme)),
+            block_size=layout.block_tokens,
+            world_size=self._ranks,
+            payload_bytes=layout.payload_bytes * self._ranks,
+            tiers=tuple(self.store.fill()),
+            boot_id=uuid.uuid4().hex,
+        )
+        index = IndexWriter(
+            config.redis_url,
+            info,
+            config.index_ttl_seconds,
+            config.lease_seconds,
+            self._beat,
+            self._inventory,
+        )
+        index.start()
+        return index
+
+    def _publish(self) -> None:
+        if self._index is None:
+            self.store.drain_changes()
+        elif changes := self.store.drain_changes():
+            self._index.publish([Entry(*change) for change in changes])
+
+    def _inventory(self) -> list[Entry]:
+        return [Entry(*change) for change in self.store.inventory()]
+
+    def _beat(self) -> Mapping[str, float | int | str]:
+        fill = {
+            f"{tier}_{what}": n
+            for tier, pair in self.store.fill().items()
+            for what, n in zip(("used", "slots"), pair, strict=True)
+        }
+        return {**self.planner.load(), **fill, **self.planner.totals(), "layout": self._layout.name}
+
+    # -- start -------------------------------------------------------------------------------------
+
+    def _restore_disk(self) -> None:
+        """A restart is warm: take in every chunk that all ranks hold in the same slot."""
+        config, layout = self._config, self._layout
+        found: dict[int, tuple[ChunkKey, ChunkKey, ChunkKey]] = {}
+        for rank in range(self._ranks):
+            headers = scan(
+                disk_folder(config),
+                config.disk_bytes,
+                layout.payload_bytes,
+                layout.scheme.namespace,
+                rank,
+                self._ranks,
+            )
+            here = {
+                slot: (info.key, ChunkKey(info.parent) if info.parent else NO_PARENT, ChunkKey(info.root))
+                for slot, info in headers.items()
+            }
+            found = here if rank == 0 else {s: v for s, v in found.items() if here.get(s) == v}
+        taken = self.store.restore(DISK, found)
+        logger.info("disk tier: %d chunks found, %d usable", len(found), taken)
+
+
+class _Remote:
+    """Asks Redis, on one thread of its own, how much of a prefix it holds for every rank."""
+
+    def __init__(self, config: CacheConfig, layout: KVLayout, model: str, ranks: int) -> None:
+        self._tiers = [Breaker(redis_tier(config, layout, model, rank, ranks)) for rank in range(ranks)]
+        self._thread = ThreadPoolExecutor(1, "cairn-probe")
+
+    def ask(self, keys: Sequence[ChunkKey]) -> "Future[int] | None":
+        if any(tier.open for tier in self._tiers):
+            # the breaker half-opens by being asked: do so, but let nobody wait for it
+            self._thread.submit(self._prefix, keys[:1])
+            return None
+        return self._thread.submit(self._prefix, keys)
+
+    def _prefix(self, keys: Sequence[ChunkKey]) -> int:
+        try:
+            return min(tier.prefix([Ref(key) for key in keys]) for tier in self._tiers)
+        except CacheError as exc:
+            logger.warning("redis look-up: %s", exc)
+            return 0
+        except Exception:  # the top of a thread
+            logger.exception("redis look-up failed")
+            return 0
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        for tier in self._tiers:
+            tier.close()
+
+
+def _nobody(keys: Sequence[ChunkKey]) -> None:
+    return None
+
+
+def _uncacheable(request: "Request") -> str | None:
+    if request.mm_features:
+        return "multimodal prompts (token ids alone do not name their KV)"
+    if request.prompt_embeds is not None:
+        return "prompts given as embeddings"
+    if request.resumable:
+        return "streaming-input sessions (their prompt may still change)"
+    return None
+
+
+def _tags(request: "Request") -> list[tuple[str, str]]:
+    tags = []
+    if request.lora_request is not None:
+        tags.append(("lora", request.lora_request.lora_name))
+    if request.cache_salt:
+        tags.append(("salt", request.cache_salt))
+    return tags

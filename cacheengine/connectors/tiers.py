@@ -1,0 +1,75 @@
+"""From configuration and layout to tiers and their sizes: the same arithmetic in scheduler and ranks."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from cacheengine.arena import PAGE
+from cacheengine.config import CacheConfig, ConfigError
+from cacheengine.layout import KVLayout
+from cacheengine.tier import Tier
+from cacheengine.tiers.disk import DiskTier, slot_count
+from cacheengine.tiers.redis import RedisTier
+from cacheengine.tiers.wrap import Breaker
+
+
+def host_slots(config: CacheConfig, layout: KVLayout) -> int:
+    """Raises ConfigError when not even one chunk fits."""
+    stride = -(-layout.payload_bytes // PAGE) * PAGE
+    slots = int(config.host_bytes) // stride
+    if slots < 1:
+        raise ConfigError(f"host_bytes={int(config.host_bytes)} holds no chunk of {stride} bytes; raise it")
+    return slots
+
+
+def disk_slots(config: CacheConfig, layout: KVLayout) -> int:
+    """Raises ConfigError when not even one chunk fits."""
+    slots = slot_count(int(config.disk_bytes), layout.payload_bytes)
+    if slots < 1:
+        raise ConfigError(
+            f"disk_bytes={int(config.disk_bytes)} holds no chunk of {layout.payload_bytes} bytes; raise it"
+        )
+    return slots
+
+
+def disk_folder(config: CacheConfig) -> Path:
+    return Path(config.disk_path).expanduser()
+
+
+def redis_tier(config: CacheConfig, layout: KVLayout, model: str, rank: int, world: int) -> RedisTier:
+    return RedisTier(
+        config.redis_url,
+        model,
+        layout.scheme.namespace,
+        layout.payload_bytes,
+        layout.chunk_tokens,
+        layout.dtype,
+        layout.name,
+        rank,
+        world,
+        config.worker_id,
+        config.redis_ttl_seconds,
+        config.redis_timeout_ms,
+    )
+
+
+def lower_tiers(
+    config: CacheConfig, layout: KVLayout, model: str, rank: int, world: int
+) -> Iterator[tuple[str, Breaker]]:
+    """What one rank's mover reads from and writes to, by name, each behind its own breaker."""
+    inner: list[Tier] = []
+    if config.disk_path:
+        inner.append(
+            DiskTier(
+                disk_folder(config),
+                int(config.disk_bytes),
+                layout.payload_bytes,
+                layout.scheme.namespace,
+                layout.chunk_tokens,
+                rank,
+                world,
+            )
+        )
+    if config.redis_url:
+        inner.append(redis_tier(config, layout, model, rank, world))
+    for tier in inner:
+        yield tier.name, Breaker(tier)

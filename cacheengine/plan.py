@@ -1,0 +1,60 @@
+"""What crosses from the scheduler to the ranks and back: frozen, small, loggable data in slot numbers.
+
+Slot 7 is slot 7 in every rank's arena and disk file, so one Plan serves all tensor-parallel ranks.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from cacheengine.keys import ChunkKey
+
+SKIP = -1  # a block the device already holds: move the others, leave this one alone
+HOST, DISK, REDIS = "host", "disk", "redis"
+GONE = "gone"  # the chunk left between lookup and load: a miss, reported like any failed read
+
+
+class Move(NamedTuple):
+    """One chunk between its host slot and the paged blocks, by way of `tier` where it comes from below."""
+
+    key: ChunkKey
+    parent: ChunkKey
+    root: ChunkKey
+    host: int
+    blocks: tuple[int, ...]
+    tier: str = HOST
+    slot: int = -1
+
+
+class Spill(NamedTuple):
+    """Write-behind: after a save, copy the plan's chunks to `tier`, chunk i into `slots[i]`."""
+
+    tier: str
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A list of moves.  Every plan is reported back, also after an error: a lost one would leak blocks."""
+
+    id: int
+    kind: Literal["load", "save"]
+    req_id: str
+    moves: tuple[Move, ...]
+    spills: tuple[Spill, ...] = ()
+
+
+class Report(NamedTuple):
+    """A rank's word on one leg of a plan: how many leading chunks of it are truly where they should be."""
+
+    plan: int
+    leg: str  # "load", "host", or the tier of a spill
+    kept: int
+
+
+class Timing(NamedTuple):
+    """One measured transfer, for the moving averages the router uses."""
+
+    tier: str
+    op: Literal["read", "write", "gather", "scatter"]
+    bytes: int
+    seconds: float

@@ -1,0 +1,1 @@
+"""Places that keep frames under keys: disk slot files, Redis."""
