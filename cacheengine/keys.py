@@ -6,6 +6,7 @@ red build, not a silently cold fleet.  Nothing here knows of torch, vLLM or Redi
 """
 
 import hashlib
+import json
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
@@ -35,9 +36,9 @@ def namespace_of(facts: Mapping[str, object]) -> Namespace:
     """Fingerprint of everything that changes what KV bytes mean.
 
     `facts` is written as sorted `name=value` lines, so the order of insertion does not matter and a new
-    fact is a new namespace.
+    fact is a new namespace.  Values are escaped as inside a JSON string, so none can pose as another fact.
     """
-    text = "\n".join(f"{name}={facts[name]}" for name in sorted(facts))
+    text = "\n".join(f"{name}={json.dumps(str(facts[name]))[1:-1]}" for name in sorted(facts))
     return Namespace(digest(f"cairn namespace v{SCHEME_VERSION}\n{text}".encode()))
 
 

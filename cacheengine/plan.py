@@ -51,10 +51,13 @@ class Report(NamedTuple):
     kept: int
 
 
+Op = Literal["read", "write", "gather", "scatter"]
+
+
 class Timing(NamedTuple):
     """One measured transfer, for the moving averages the router uses."""
 
     tier: str
-    op: Literal["read", "write", "gather", "scatter"]
+    op: Op
     bytes: int
     seconds: float

@@ -72,8 +72,8 @@ class Store:
         return key in self._chunks
 
     def arriving(self, key: ChunkKey) -> bool:
-        """A plan that brings `key` to the host tier is under way."""
-        return key in self._arriving
+        """A plan is bringing `key` to the host tier, where it is not yet."""
+        return key in self._arriving and key not in self._at(HOST)
 
     @property
     def busy(self) -> bool:

@@ -247,13 +247,11 @@ class Planner:
 
     def _must_wait(self, request: _Request, keys: Sequence[ChunkKey]) -> bool:
         local = self._depth(keys, request.remote)
-        if local == len(keys):
-            return False
         now = self._clock()
-        if self.store.arriving(keys[local]):  # single flight: one read serves all who ask
+        if any(self.store.arriving(key) for key in keys[: local + 1]):  # one read serves all who ask
             request.patience = request.patience or now + self._patience
             return now < request.patience
-        if request.probe is None:
+        if request.probe is None or local == len(keys):
             return False
         if not request.probe.done():
             if now < request.patience:

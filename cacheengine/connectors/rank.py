@@ -19,7 +19,7 @@ from cacheengine.plan import Plan, Timing
 if TYPE_CHECKING:
     import torch
 
-logger = logging.getLogger("cairn.rank")
+logger = logging.getLogger(__name__)
 
 
 class RankHalf:
@@ -29,7 +29,9 @@ class RankHalf:
         self._layout, self._config = layout, config
         self._model, self._rank, self._world = model, rank, world
         self._mover: Mover | None = None
-        self._tiers = dict(lower_tiers(config, layout, model, rank, world))
+        lower = list(lower_tiers(config, layout, model, rank, world))
+        self._tiers = {tier.name: tier for tier, _ in lower}
+        self._stats = {tier.name: stats for tier, stats in lower}
         self._tally = Tally()
         self._loaded: set[str] = set()
         self._bad: set[int] = set()
@@ -102,7 +104,7 @@ class RankHalf:
 
     def stats(self) -> EngineStats | None:
         for name, tier in self._tiers.items():
-            bad = tier.inner.stats.bad_frames
+            bad = self._stats[name].bad_frames
             self._tally.add("cairn_engine_bad_frames_total", bad - self._counted.get(name, 0), name)
             self._counted[name] = bad
             if tier.open != self._open.get(name):

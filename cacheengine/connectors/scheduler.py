@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
-logger = logging.getLogger("cairn.scheduler")
+logger = logging.getLogger(__name__)
 
 REDIS_REMEMBERED = 200_000  # chunks we remember having put there; Redis itself is asked before every load
 PATIENCE_FACTOR = 2.0  # a Redis look-up may take this many deadlines before it counts as a miss

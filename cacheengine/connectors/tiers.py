@@ -6,9 +6,9 @@ from pathlib import Path
 from cacheengine.arena import PAGE
 from cacheengine.config import CacheConfig, ConfigError
 from cacheengine.layout import KVLayout
-from cacheengine.tier import Tier
-from cacheengine.tiers.disk import DiskTier, slot_count
+from cacheengine.tiers.disk import DiskTier, slots_in
 from cacheengine.tiers.redis import RedisTier
+from cacheengine.tiers.stats import TierStats
 from cacheengine.tiers.wrap import Breaker
 
 
@@ -23,7 +23,7 @@ def host_slots(config: CacheConfig, layout: KVLayout) -> int:
 
 def disk_slots(config: CacheConfig, layout: KVLayout) -> int:
     """Raises ConfigError when not even one chunk fits."""
-    slots = slot_count(int(config.disk_bytes), layout.payload_bytes)
+    slots = slots_in(int(config.disk_bytes), layout.payload_bytes)
     if slots < 1:
         raise ConfigError(
             f"disk_bytes={int(config.disk_bytes)} holds no chunk of {layout.payload_bytes} bytes; raise it"
@@ -54,22 +54,19 @@ def redis_tier(config: CacheConfig, layout: KVLayout, model: str, rank: int, wor
 
 def lower_tiers(
     config: CacheConfig, layout: KVLayout, model: str, rank: int, world: int
-) -> Iterator[tuple[str, Breaker]]:
-    """What one rank's mover reads from and writes to, by name, each behind its own breaker."""
-    inner: list[Tier] = []
+) -> Iterator[tuple[Breaker, TierStats]]:
+    """What one rank's mover reads from and writes to, each behind its own breaker, and its counters."""
     if config.disk_path:
-        inner.append(
-            DiskTier(
-                disk_folder(config),
-                int(config.disk_bytes),
-                layout.payload_bytes,
-                layout.scheme.namespace,
-                layout.chunk_tokens,
-                rank,
-                world,
-            )
+        disk = DiskTier(
+            disk_folder(config),
+            int(config.disk_bytes),
+            layout.payload_bytes,
+            layout.scheme.namespace,
+            layout.chunk_tokens,
+            rank,
+            world,
         )
+        yield Breaker(disk), disk.stats
     if config.redis_url:
-        inner.append(redis_tier(config, layout, model, rank, world))
-    for tier in inner:
-        yield tier.name, Breaker(tier)
+        redis = redis_tier(config, layout, model, rank, world)
+        yield Breaker(redis), redis.stats

@@ -6,7 +6,6 @@ in vllm/distributed/kv_transfer/kv_connector/v1/base.py.
 """
 
 import logging
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,7 @@ from cacheengine.connectors.geometry import layout_of, served_name, why_not
 from cacheengine.connectors.rank import RankHalf
 from cacheengine.connectors.scheduler import SchedulerHalf
 from cacheengine.connectors.wire import EngineProm, EngineStats, RankWords, StepPlans
-from cacheengine.plan import DISK, HOST
+from cacheengine.plan import DISK, HOST, Plan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-logger = logging.getLogger("cairn")
+logger = logging.getLogger(__name__)
 
 _SOURCES = {HOST: CacheHitSource.HOST, DISK: CacheHitSource.DISK}
 
@@ -48,6 +47,7 @@ class CairnConnector(KVConnectorBase_V1, SupportsHMA):
         self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        _log_like_vllm()
         transfer = vllm_config.kv_transfer_config
         if transfer is None or transfer.kv_load_failure_policy != "recompute":
             raise ConfigError(
@@ -187,7 +187,14 @@ class CairnConnector(KVConnectorBase_V1, SupportsHMA):
         if half:
             half.close()
 
-    def _step_plans(self) -> Iterable[Any]:
+    def _step_plans(self) -> list[Plan]:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepPlans)
         return metadata.plans
+
+
+def _log_like_vllm() -> None:
+    """Our lines go where vLLM's go, in its format."""
+    ours, theirs = logging.getLogger("cacheengine"), logging.getLogger("vllm")
+    ours.handlers, ours.propagate = list(theirs.handlers), False
+    ours.setLevel(theirs.getEffectiveLevel())

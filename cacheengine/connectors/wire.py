@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from prometheus_client import Counter, Gauge
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
@@ -76,16 +77,15 @@ class EngineProm(KVConnectorPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         classes = {"counter": self._counter_cls, "gauge": self._gauge_cls}
         self._families = {
-            m.name: (
-                m.kind,
-                classes[m.kind](name=m.name, documentation=m.help, labelnames=[*labelnames, *m.labels]),
-            )
+            m.name: classes[m.kind](name=m.name, documentation=m.help, labelnames=[*labelnames, *m.labels])
             for m in METRICS
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         engine = self.per_engine_labelvalues[engine_idx]
         for (name, labels), value in EngineStats(data=transfer_stats_data).values().items():
-            kind, family = self._families[name]
-            series = family.labels(*engine, *labels)
-            series.inc(value) if kind == "counter" else series.set(value)
+            series = self._families[name].labels(*engine, *labels)
+            if isinstance(series, Counter):
+                series.inc(value)
+            elif isinstance(series, Gauge):
+                series.set(value)

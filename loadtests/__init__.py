@@ -1,0 +1,1 @@
+"""Benches: each prints its ceiling and ends with one line of JSON."""

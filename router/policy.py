@@ -1,0 +1,167 @@
+"""Routing policies: pure functions from what we know to an order of workers.
+
+No I/O, no clock, no state: everything a policy may look at is in `Candidate` and `turn`, so a decision
+replays from its log line.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+KAPPA = 0.005  # seconds one running request delays a first token
+DEFAULT_RATE = 1000.0  # tokens/s of a fleet nobody has measured; alike for all, so it decides nothing
+DEFAULT_BANDWIDTH = {"host": 2e9, "disk": 5e8, "shared": 3e8}  # bytes/s until the worker measured its own
+SAME = 1.05  # costs within 5 % are equal
+TIERS = ("device", "host", "disk", "shared")
+
+
+class Hit(NamedTuple):
+    """Leading tokens by the tier they would come from: disjoint stretches, in this order."""
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
+    shared: int = 0
+
+
+NO_HIT = Hit()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One worker in front of one prompt."""
+
+    worker: str
+    ring: int = 0  # its place in the prompt's ring order
+    inflight: int = 0  # requests this gateway has open on it
+    running: float = 0  # requests it is decoding
+    queued_tokens: float = 0  # tokens it computes before ours
+    pending_tokens: float = 0  # of those and of `hit`: ours, being computed for somebody else
+    prefill_rate: float = 0  # tokens/s, 0 = not measured
+    hit: Hit = NO_HIT
+    token_bytes: float = 0
+    bandwidth: Mapping[str, float] = field(default_factory=dict)  # bytes/s by tier, where measured
+
+
+class Choice(NamedTuple):
+    """A candidate with what it would cost, in seconds, and the hit that makes it so cheap."""
+
+    candidate: Candidate
+    hit: Hit
+    terms: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.terms.values())
+
+
+# prompt tokens, candidates, running number of the decision → best first, nobody left out
+Policy = Callable[[int, Sequence[Candidate], int], list[Choice]]
+
+
+def predicted_ttft(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
+    """Fewest predicted seconds to the first token; among equals the less loaded, then ring order."""
+    choices = _costs(prompt, candidates)
+    within, over = _bounded(choices)
+    return _by_seconds(within) + _by_seconds(over)
+
+
+def prefix_ring(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
+    """Ring order with bounded load: the same prefix meets the same worker, with no index at all."""
+    within, over = _bounded(_costs(prompt, candidates))
+    return [*sorted(within, key=_ring), *sorted(over, key=_ring)]
+
+
+def least_loaded(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
+    """Fewest open requests, then fewest queued tokens.  Blind to the cache."""
+    return sorted(_costs(prompt, candidates), key=_load)
+
+
+def round_robin(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
+    """Each in turn, by name.  Blind to everything; the baseline."""
+    choices = sorted(_costs(prompt, candidates), key=lambda choice: choice.candidate.worker)
+    start = turn % len(choices) if choices else 0
+    return choices[start:] + choices[:start]
+
+
+POLICIES: dict[str, Policy] = {
+    "predicted_ttft": predicted_ttft,
+    "prefix_ring": prefix_ring,
+    "least_loaded": least_loaded,
+    "round_robin": round_robin,
+}
+CACHE_BLIND = frozenset({"least_loaded", "round_robin"})
+
+
+def cost(prompt: int, candidate: Candidate, rate: float) -> Choice:
+    """Predicted seconds to the first token, term by term, at `rate` tokens/s of prefill.
+
+    A prefix is loaded from the front and can stop after any tier: the cheapest stop is taken, so a tier
+    slower than recomputing (and all behind it) counts as a miss.
+    """
+    moved = loaded = 0.0
+    best, best_stop = prompt / rate, 0
+    best_moved = 0.0
+    for stop, tier in enumerate(TIERS, 1):
+        tokens = min(candidate.hit[stop - 1], prompt - loaded)
+        loaded += tokens
+        if tier != "device":
+            speed = candidate.bandwidth.get(tier) or DEFAULT_BANDWIDTH[tier]
+            moved += tokens * candidate.token_bytes / speed
+        seconds = moved + (prompt - loaded) / rate
+        if tokens and seconds <= best:
+            best, best_stop, best_moved = seconds, stop, moved
+    hit = Hit(*(tokens if i < best_stop else 0 for i, tokens in enumerate(candidate.hit)))
+    terms = {
+        # what is under way is half done on average; so equal prompts meet instead of computing twice
+        "queue": max(0.0, candidate.queued_tokens - candidate.pending_tokens / 2) / rate,
+        "transfer": best_moved,
+        "compute": best - best_moved,
+        "interference": KAPPA * max(candidate.running, candidate.inflight),
+    }
+    return Choice(candidate, hit, terms)
+
+
+def replay(decision: Mapping[str, Any]) -> list[str]:
+    """The order of workers again, from one line of the decision log (also after a trip through JSON)."""
+    candidates = [Candidate(**{**held, "hit": Hit(*held["hit"])}) for held in decision["candidates"]]
+    policy = POLICIES[decision["ran"]]
+    order = policy(decision["prompt_tokens"], candidates, decision["turn"])
+    return [choice.candidate.worker for choice in order]
+
+
+def as_log(candidate: Candidate) -> dict[str, Any]:
+    """What replay() needs, in plain types."""
+    return {**asdict(candidate), "hit": list(candidate.hit)}
+
+
+def _costs(prompt: int, candidates: Sequence[Candidate]) -> list[Choice]:
+    measured = [c.prefill_rate for c in candidates if c.prefill_rate > 0]
+    usual = sum(measured) / len(measured) if measured else DEFAULT_RATE
+    return [cost(prompt, c, c.prefill_rate if c.prefill_rate > 0 else usual) for c in candidates]
+
+
+def _bounded(choices: Sequence[Choice]) -> tuple[list[Choice], list[Choice]]:
+    """Bounded load: nobody gets more than 1.25 times the mean and two, however much it holds."""
+    if not choices:
+        return [], []
+    cap = 1.25 * sum(c.candidate.inflight for c in choices) / len(choices) + 2
+    within = [c for c in choices if c.candidate.inflight <= cap]
+    return within, [c for c in choices if c.candidate.inflight > cap]
+
+
+def _by_seconds(choices: Sequence[Choice]) -> list[Choice]:
+    if not choices:
+        return []
+    limit = SAME * min(choice.seconds for choice in choices)
+    equal = [choice for choice in choices if choice.seconds <= limit]
+    rest = [choice for choice in choices if choice.seconds > limit]
+    return sorted(equal, key=_load) + sorted(rest, key=lambda choice: (choice.seconds, choice.candidate.ring))
+
+
+def _load(choice: Choice) -> tuple[float, float, int]:
+    return choice.candidate.inflight, choice.candidate.queued_tokens, choice.candidate.ring
+
+
+def _ring(choice: Choice) -> int:
+    return choice.candidate.ring

@@ -1,0 +1,213 @@
+"""Tokens and block tables in, plans out: driven as vLLM's scheduler drives it, without vLLM."""
+
+from concurrent.futures import Future
+
+import pytest
+
+from cacheengine.connectors.planner import Planner, Scheduled
+from cacheengine.keys import KeyScheme, Namespace
+from cacheengine.metrics import Tally
+from cacheengine.plan import DISK, HOST, REDIS, SKIP
+from cacheengine.store import Store
+
+CHUNK, BLOCK = 64, 16
+SCHEME = KeyScheme(Namespace(b"n" * 16), CHUNK)
+PROMPT = list(range(1000, 1000 + 4 * CHUNK + 10))
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Rig:
+    """A planner with its seams in hand: the probe's answers, the clock, the ranks."""
+
+    def __init__(self, ranks: int = 1, **slots: int) -> None:
+        self.asked, self.answers, self.clock, self.tally = [], [], Clock(), Tally()
+        self.store = Store(slots or {HOST: 16})
+        self.planner = Planner(SCHEME, self.store, BLOCK, ranks, self.probe, 1.0, self.tally, self.clock)
+        self.ranks, self.blocks = ranks, 0
+
+    def probe(self, keys):
+        if REDIS not in self.store.fill():
+            return None
+        self.asked.append(len(keys))
+        self.answers.append(Future())
+        return self.answers[-1]
+
+    def table(self, tokens: int) -> list[int]:
+        self.blocks += 100
+        return list(range(self.blocks, self.blocks + -(-tokens // BLOCK)))
+
+    def settle(self, plans, kept=None):
+        for plan in plans:
+            legs = ["load"] if plan.kind == "load" else [HOST, *(s.tier for s in plan.spills)]
+            n = len(plan.moves) if kept is None else kept
+            self.planner.report({(plan.id, leg): (self.ranks, n) for leg in legs})
+
+    def serve(self, req_id, tokens, computed=0):
+        """A whole prompt in one step; its plans."""
+        blocks = self.table(len(tokens))
+        return self.planner.step([Scheduled(req_id, tokens, computed, len(tokens) - computed, blocks)])
+
+    def warm(self, tokens=PROMPT, req_id="warm"):
+        self.planner.begin(req_id, tokens, [])
+        self.settle(self.serve(req_id, tokens))
+        self.planner.end(req_id)
+
+
+def test_a_cold_prompt_saves_its_full_chunks_and_not_the_tail():
+    rig = Rig()
+    rig.planner.begin("a", PROMPT, [])
+    assert rig.planner.matched("a", PROMPT, 0) == 0
+    (plan,) = rig.serve("a", PROMPT)
+    assert [m.key for m in plan.moves] == SCHEME.keys(PROMPT)
+    assert plan.moves[1].blocks == (104, 105, 106, 107)
+
+
+def test_a_repeat_loads_all_but_the_last_token_s_chunk():
+    rig = Rig()
+    rig.warm()
+    rig.planner.begin("b", PROMPT[: 4 * CHUNK], [])
+    assert rig.planner.matched("b", PROMPT[: 4 * CHUNK], 0) == 3 * CHUNK
+    assert rig.planner.matched("b", PROMPT[: 4 * CHUNK], 0) == 3 * CHUNK  # asking changes nothing
+
+
+def test_what_the_device_holds_is_left_alone_to_the_block():
+    rig = Rig()
+    rig.warm()
+    rig.planner.begin("b", PROMPT, [])
+    computed = CHUNK + 2 * BLOCK
+    assert rig.planner.matched("b", PROMPT, computed) == 4 * CHUNK - computed
+    table = rig.table(len(PROMPT))
+    rig.planner.allocated("b", table, 4 * CHUNK - computed)
+    assert rig.planner.sources("b") == {HOST: 4 * CHUNK - computed}
+    (plan,) = rig.planner.step([])
+    assert plan.moves[0].key == SCHEME.keys(PROMPT)[1]
+    assert plan.moves[0].blocks == (SKIP, SKIP, table[6], table[7])
+    assert plan.moves[1].blocks == tuple(table[8:12])
+
+
+def test_a_device_that_holds_more_than_we_do_asks_nothing_of_us():
+    rig = Rig()
+    rig.warm()
+    rig.planner.begin("b", PROMPT, [])
+    assert rig.planner.matched("b", PROMPT, 4 * CHUNK) == 0
+
+
+def test_chunked_prefill_saves_each_chunk_once_when_it_is_complete():
+    rig = Rig()
+    rig.planner.begin("a", PROMPT, [])
+    table, saved = rig.table(len(PROMPT)), []
+    for start in range(0, len(PROMPT), 100):
+        new = min(100, len(PROMPT) - start)
+        plans = rig.planner.step([Scheduled("a", PROMPT, start, new, table)])
+        rig.settle(plans)
+        saved.append(sum(len(plan.moves) for plan in plans))
+    assert saved == [1, 2, 1]
+
+
+def test_decoded_tokens_become_chunks_too():
+    rig = Rig()
+    tokens = list(PROMPT[: CHUNK - 1])
+    rig.planner.begin("a", tokens, [])
+    assert rig.serve("a", tokens) == []
+    tokens.append(5)
+    assert len(rig.planner.step([Scheduled("a", tokens, CHUNK - 1, 1, rig.table(CHUNK))])) == 1
+
+
+def test_tenants_and_adapters_never_share():
+    rig = Rig()
+    rig.planner.begin("a", PROMPT, [("salt", "one")])
+    rig.settle(rig.serve("a", PROMPT))
+    for tags in ([], [("salt", "two")], [("lora", "one")]):
+        rig.planner.begin("b", PROMPT, tags)
+        assert rig.planner.matched("b", PROMPT, 0) == 0
+
+
+def test_while_redis_is_asked_the_request_waits_and_then_loads_what_it_holds():
+    rig = Rig(host=16, redis=100)
+    rig.planner.begin("a", PROMPT, [])
+    assert rig.asked == [4]
+    assert rig.planner.matched("a", PROMPT, 0) is None
+    rig.answers[0].set_result(3)
+    assert rig.planner.matched("a", PROMPT, 0) == 3 * CHUNK
+    rig.planner.allocated("a", rig.table(len(PROMPT)), 3 * CHUNK)
+    (plan,) = rig.planner.step([])
+    assert [m.tier for m in plan.moves] == [REDIS] * 3
+    rig.settle([plan])
+    assert rig.store.fill()[HOST] == (3, 16)
+    rig.store.check()
+
+
+def test_redis_is_asked_only_for_what_is_not_here():
+    rig = Rig(host=16, redis=100)
+    rig.warm(PROMPT[: 2 * CHUNK + 1])
+    rig.planner.begin("b", PROMPT, [])
+    assert rig.asked[-1] == 2
+    rig.answers[-1].set_result(0)
+    assert rig.planner.matched("b", PROMPT, 0) == 2 * CHUNK
+
+
+def test_a_slow_redis_is_a_miss_not_a_wait():
+    rig = Rig(host=16, redis=100)
+    rig.planner.begin("a", PROMPT, [])
+    assert rig.planner.matched("a", PROMPT, 0) is None
+    rig.clock.now = 1.1
+    assert rig.planner.matched("a", PROMPT, 0) == 0
+    assert rig.tally.take()["cairn_engine_probe_timeouts_total", ()] == 1
+
+
+def test_the_second_asker_waits_for_the_read_that_is_under_way():
+    rig = Rig(host=3, disk=16)
+    rig.warm()
+    rig.warm([7] * 3 * CHUNK, "other")  # pushes the first prompt out of the host tier
+    rig.planner.begin("a", PROMPT, [])
+    assert rig.planner.matched("a", PROMPT, 0) == 3 * CHUNK
+    rig.planner.allocated("a", rig.table(len(PROMPT)), 3 * CHUNK)
+    plans = rig.planner.step([])
+    rig.planner.begin("b", PROMPT, [])
+    assert rig.planner.matched("b", PROMPT, 0) is None
+    rig.settle(plans)
+    assert rig.planner.matched("b", PROMPT, 0) == 3 * CHUNK
+    assert [m.tier for m in plans[0].moves] == [DISK] * 3
+
+
+def test_a_failed_load_is_counted_and_not_offered_again():
+    rig = Rig(host=3, disk=16)
+    rig.warm()
+    rig.warm([7] * 3 * CHUNK, "other")
+    rig.planner.begin("a", PROMPT, [])
+    rig.planner.allocated("a", rig.table(len(PROMPT)), rig.planner.matched("a", PROMPT, 0))
+    rig.settle(rig.planner.step([]), kept=1)
+    assert rig.tally.take()["cairn_engine_failed_tokens_total", ()] == 2 * CHUNK
+    rig.planner.begin("b", PROMPT, [])
+    assert rig.planner.matched("b", PROMPT, 0) == CHUNK
+    rig.store.check()
+
+
+def test_a_leg_counts_when_every_rank_has_spoken_and_the_least_word_stands():
+    rig = Rig(ranks=2)
+    rig.planner.begin("a", PROMPT, [])
+    (plan,) = rig.serve("a", PROMPT)
+    rig.planner.report({(plan.id, HOST): (1, 4)})
+    assert rig.store.fill()[HOST][0] == 0
+    rig.planner.report({(plan.id, HOST): (1, 2)})
+    assert rig.store.fill()[HOST][0] == 2
+    rig.store.check()
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_an_aborted_request_leaves_clean_books(when):
+    rig = Rig(host=16, redis=100)
+    rig.planner.begin("a", PROMPT, [])
+    rig.answers[0].set_result(4)
+    if when == "during":
+        rig.planner.allocated("a", rig.table(len(PROMPT)), rig.planner.matched("a", PROMPT, 0))
+    rig.planner.end("a")
+    rig.settle(rig.planner.step([]))
+    rig.store.check()
+    assert rig.planner.load()["waiting"] == 0

@@ -1,0 +1,140 @@
+"""The law of a tier (cacheengine/tier.py), executed over every implementation."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cacheengine.errors import TierDown
+from cacheengine.tier import Tier
+from cacheengine.tiers.wrap import Breaker
+from tests.cacheengine.tiers.kit import PAYLOAD, blank, chunks, disk_tier, payload, redis_tier, ref
+
+MAKERS: dict[str, Callable[[pytest.FixtureRequest, Path], Tier]] = {
+    "disk": lambda request, path: disk_tier(path / "w0"),
+    "redis": lambda request, path: redis_tier(request.getfixturevalue("valkey").unix_url),
+    "redis over tcp": lambda request, path: redis_tier(request.getfixturevalue("valkey").url),
+    "breaker of disk": lambda request, path: Breaker(disk_tier(path / "w0")),
+}
+
+
+@pytest.fixture(params=MAKERS)
+def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tier]:
+    made = MAKERS[request.param](request, tmp_path)
+    yield made
+    made.close()
+
+
+def test_an_empty_tier_holds_nothing(tier: Tier):
+    refs, _ = chunks(3)
+    assert tier.prefix(refs) == 0
+    assert tier.read(refs, blank(3)) == 0
+
+
+def test_what_was_written_is_read_back(tier: Tier):
+    refs, data = chunks(5)
+    into = blank(5)
+    assert tier.write(refs, data) == 5
+    assert tier.prefix(refs) == 5
+    assert tier.read(refs, into) == 5
+    assert into == data
+
+
+def test_a_gap_ends_the_prefix(tier: Tier):
+    refs, data = chunks(4)
+    tier.write(refs[:2], data[:2])
+    tier.write(refs[3:], data[3:])
+    into = blank(4)
+    assert tier.prefix(refs) == 2
+    assert tier.read(refs, into) == 2
+    assert into[:2] == data[:2]
+
+
+def test_a_tier_is_usable_after_a_gap(tier: Tier):
+    refs, data = chunks(8)
+    tier.write(refs[:1], data[:1])
+    tier.write(refs[2:], data[2:])
+    for _ in range(3):
+        assert tier.read(refs, blank(8)) == 1
+    into = blank(6)
+    assert tier.read(refs[2:], into) == 6
+    assert into == data[2:]
+
+
+def test_rewriting_changes_nothing(tier: Tier):
+    refs, data = chunks(3)
+    into = blank(3)
+    assert tier.write(refs, data) == 3
+    assert tier.write(refs, data) == 3
+    assert tier.read(refs, into) == 3
+    assert into == data
+
+
+def test_a_partly_known_batch_is_kept_whole(tier: Tier):
+    refs, data = chunks(7)
+    into = blank(7)
+    tier.write(refs[2:4], data[2:4])
+    assert tier.write(refs, data) == 7
+    assert tier.read(refs, into) == 7
+    assert into == data
+
+
+def test_what_is_dropped_is_gone_and_the_rest_stays(tier: Tier):
+    refs, data = chunks(3)
+    tier.write(refs, data)
+    tier.drop(refs[1:2])
+    assert tier.prefix(refs) == 1
+    assert tier.prefix(refs[2:]) == 1
+
+
+def test_dropping_the_unknown_is_fine(tier: Tier):
+    refs, data = chunks(1)
+    tier.write(refs, data)
+    stranger = ref(5)._replace(slot=refs[0].slot)
+    tier.drop([stranger, ref(6)])
+    assert tier.prefix(refs) == 1
+
+
+def test_empty_batches_are_fine(tier: Tier):
+    assert (tier.prefix([]), tier.read([], []), tier.write([], [])) == (0, 0, 0)
+    tier.drop([])
+
+
+def test_a_buffer_of_the_wrong_length_is_a_bug(tier: Tier):
+    short = payload(0, PAYLOAD - 1)
+    with pytest.raises(ValueError, match=f"buffer of {PAYLOAD - 1} bytes"):
+        tier.write([ref(0)], [short])
+    tier.write(*chunks(1))
+    with pytest.raises(ValueError, match=f"buffer of {PAYLOAD - 1} bytes"):
+        tier.read([ref(0)], [short])
+
+
+def test_the_callers_data_is_only_read(tier: Tier):
+    refs, data = chunks(3)
+    tier.write(refs, data)
+    assert data == chunks(3)[1]
+
+
+def test_threads_may_share_a_tier(tier: Tier):
+    refs, data = chunks(8)
+
+    def work(i: int) -> bool:
+        into = blank(1)
+        for _ in range(20):
+            tier.write(refs[i : i + 1], data[i : i + 1])
+            if tier.read(refs[i : i + 1], into) != 1 or into[0] != data[i]:
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def test_closing_twice_is_fine_and_a_closed_tier_is_down(tier: Tier):
+    tier.close()
+    tier.close()
+    with pytest.raises(TierDown):
+        tier.read([ref(0)], blank(1))
+    with pytest.raises(TierDown):
+        tier.write(*chunks(1))

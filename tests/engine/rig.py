@@ -1,0 +1,146 @@
+"""A real vLLM worker on the CPU, started as `cairn worker` starts it, held by its pid."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+
+from gateway.launch.worker import WorkerSpec, command, environment
+
+START_SECONDS = 240
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Worker:
+    """One server process.  `cache=None` is plain vLLM; `args` go to vLLM, `env` to its environment."""
+
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        cache: dict[str, str | int] | None,
+        *,
+        redis_url: str = "",
+        args: Sequence[str] = (),
+        env: dict[str, str] | None = None,
+    ) -> None:
+        port = free_port()
+        if cache is not None:
+            cache = {"worker_id": f"w{port}", "worker_url": f"http://127.0.0.1:{port}", **cache}
+        spec = WorkerSpec(
+            model=str(model), port=port, served_name="smol", max_model_len=4096, redis_url=redis_url,
+            cache=cache or {}, extra=("--max-num-seqs", "8", *args),
+        )  # fmt: skip
+        self.url, self.log = spec.url, log
+        variables = environment(spec, {**os.environ, "VLLM_SERVER_DEV_MODE": "1", **(env or {})})
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                command(spec, connector=cache is not None),
+                stdout=out, stderr=out, env=variables, start_new_session=True,
+            )  # fmt: skip
+        self.http = httpx.Client(base_url=self.url, timeout=120)
+        try:
+            self._wait()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            try:
+                if self.http.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.3)
+        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
+        raise AssertionError(f"the worker did not come up:\n{tail}")
+
+    def tokens(self, text: str) -> list[int]:
+        body = {"model": "smol", "prompt": text, "add_special_tokens": False}
+        return list(self.http.post("/tokenize", json=body).json()["tokens"])
+
+    def complete(self, prompt: Sequence[int] | str, max_tokens: int = 64, **fields: object) -> list[int]:
+        """Greedy token ids; stop tokens are ignored so that every answer has `max_tokens`."""
+        body = {
+            "model": "smol", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "seed": 0,
+            "ignore_eos": True, "return_token_ids": True, **fields,
+        }  # fmt: skip
+        reply = self.http.post("/v1/completions", json=body)
+        assert reply.status_code == 200, reply.text
+        return list(reply.json()["choices"][0]["token_ids"])
+
+    def ttft(self, prompt: Sequence[int], max_tokens: int = 2) -> float:
+        """Seconds to the first streamed token."""
+        body = {"model": "smol", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+        start = time.perf_counter()
+        first = 0.0
+        with self.http.stream("POST", "/v1/completions", json=body) as reply:
+            for line in reply.iter_lines():
+                if line.startswith("data: {"):
+                    first = first or time.perf_counter() - start
+                    assert "error" not in json.loads(line[6:]), line
+        assert first, "no token came"
+        return first
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of the series of `name` that carry these labels."""
+        total = 0.0
+        for line in self.http.get("/metrics").text.splitlines():
+            found = re.fullmatch(r"([\w:]+)(?:\{(.*)\})? (\S+)", line)
+            if found and found[1] == name:
+                given = dict(re.findall(r'(\w+)="([^"]*)"', found[2] or ""))
+                if all(given.get(k) == v for k, v in labels.items()):
+                    total += float(found[3])
+        return total
+
+    def hits(self, tier: str) -> float:
+        """Prompt tokens loaded from a tier so far."""
+        return self.metric("cairn_engine_hit_tokens_total", tier=tier)
+
+    def settled(self, saved: str, chunks: int, timeout: float = 30) -> None:
+        """Wait until `chunks` chunks were stored in tier `saved`."""
+        deadline = time.monotonic() + timeout
+        while self.metric("cairn_engine_saved_chunks_total", tier=saved) < chunks:
+            assert time.monotonic() < deadline, f"only {self.metric('cairn_engine_saved_chunks_total', tier=saved)}"
+            time.sleep(0.1)
+
+    def reset_device(self) -> None:
+        """Drop vLLM's own prefix cache, not ours."""
+        assert self.http.post("/reset_prefix_cache").status_code == 200
+
+    def kill(self) -> None:
+        """kill -9, the whole process group."""
+        self._signal(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """As a deployment would: SIGTERM, then patience."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                pass
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            pass
+        self.process.wait(30)
+        self.http.close()

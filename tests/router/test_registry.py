@@ -1,0 +1,233 @@
+"""The registry: leases in a real Valkey, /health at a transport that plays the workers."""
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+
+from cacheengine.index import Fleet, WorkerInfo
+from cacheengine.index_schema import FLEET, lease_name
+from cacheengine.keys import KeyScheme, namespace_of, probe_keys
+from router.registry import STALE_SECONDS, Registry
+from router.worker import StaticWorker
+from tests.conftest import ValkeyServer
+
+T = TypeVar("T")
+SCHEME = KeyScheme(namespace_of({"model": "m"}), 256)
+PROBE = tuple(probe_keys(SCHEME))
+A = WorkerInfo("a", "http://a:1", "m", "/m", SCHEME.namespace.hex(), 256, PROBE, boot_id="1", epoch=5)
+B = replace(A, worker_id="b", url="http://b:1/")
+
+
+class House:
+    """A registry, the workers it asks for /health, and the clock it looks at."""
+
+    def __init__(self, valkey: ValkeyServer | None, *static: StaticWorker) -> None:
+        self.valkey, self.now = valkey, 0.0
+        self.sick: set[str] = set()
+        self.asked: list[str] = []
+        self.left: list[str] = []
+        self._runner = asyncio.Runner()
+        self._http = httpx.AsyncClient(transport=httpx.MockTransport(self._health))
+        self._fleet = Fleet(valkey.unix_url) if valkey else None
+        self.registry = Registry(
+            self._http, self._fleet, static, clock=lambda: self.now, on_leave=self.left.append
+        )
+
+    def _health(self, request: httpx.Request) -> httpx.Response:
+        assert request.url.path == "/health"
+        self.asked.append(request.url.host)
+        if request.url.host in self.sick:
+            raise httpx.ConnectError("refused")
+        return httpx.Response(503 if request.url.host + "!" in self.sick else 200)
+
+    def run(self, job: Coroutine[Any, Any, T]) -> T:
+        return self._runner.run(job)
+
+    def lease(self, *infos: WorkerInfo, **beat: float) -> None:
+        assert self.valkey
+        with self.valkey.client() as client:
+            for info in infos:
+                held = info.fields() | {name: str(value) for name, value in beat.items()}
+                client.hset(lease_name(info.namespace, info.worker_id), mapping=held)
+                client.zadd(FLEET, {f"{info.namespace}:{info.worker_id}": 1})
+
+    def unlease(self, info: WorkerInfo) -> None:
+        assert self.valkey
+        with self.valkey.client() as client:
+            client.delete(lease_name(info.namespace, info.worker_id))
+
+    def look(self) -> str:
+        """Refresh; who takes traffic, stale ones in capitals."""
+        self.asked.clear()
+        self.run(self.registry.refresh())
+        return "".join(w.id.upper() if w.stale else w.id for w in self.registry.snapshot())
+
+    def close(self) -> None:
+        self.run(self.registry.close())
+        self.run(self._http.aclose())
+        if self._fleet:
+            self.run(self._fleet.close())
+        self._runner.close()
+
+
+@pytest.fixture
+def house(valkey: ValkeyServer) -> Iterator[House]:
+    house = House(valkey)
+    yield house
+    house.close()
+
+
+def test_a_worker_takes_traffic_once_its_health_answered(house: House) -> None:
+    house.sick = {"a", "b!"}  # refused, and 503
+    house.lease(A, B)
+    assert house.look() == ""
+    house.sick = {"a"}
+    assert house.look() == "b"
+    house.sick = set()
+    assert house.look() == "ab"
+    assert house.asked == ["a"]  # a lease speaks for b
+    assert house.look() == "ab"
+    assert house.asked == []
+
+
+def test_a_lease_becomes_a_worker(house: House) -> None:
+    house.lease(replace(A, payload_bytes=256 * 1000), prefill_rate=1234.5, bw_host="nonsense", beat_ms=7)
+    house.look()
+    (worker,) = house.registry.workers_for("m")
+    assert (worker.url, worker.epoch, worker.token_bytes) == ("http://a:1", 5, 1000)
+    assert (worker.load.prefill_rate, worker.load.bw_host, worker.load.beat_ms) == (1234.5, 0, 7)
+    assert worker.scheme == house.registry.scheme("m") == SCHEME
+    assert house.registry.workers_for("other") == ()
+    assert house.registry.scheme("other") is None
+    assert house.registry.models() == ("m",)
+
+
+def test_a_worker_that_refuses_connections_is_out_until_its_health_answers(house: House) -> None:
+    house.lease(A, B)
+    house.look()
+    house.registry.mark_down("a")
+    house.registry.mark_down("nobody")
+    assert [worker.id for worker in house.registry.snapshot()] == ["b"]
+    house.sick = {"a"}
+    assert house.look() == "b"
+    house.sick = set()
+    assert house.look() == "ab"
+
+
+def test_without_redis_the_last_known_workers_stay_while_they_are_healthy(house: House) -> None:
+    house.lease(A, B)
+    assert house.look() == "ab"
+    assert house.valkey
+    house.valkey.kill()
+    assert house.look() == "AB"
+    house.sick = {"b"}
+    assert house.look() == "A"
+    house.sick = set()
+    house.valkey.start()  # empty: nobody has beaten yet
+    assert house.look() == "AB"
+    house.lease(A, B)
+    assert house.look() == "ab"
+    assert house.left == []
+
+
+def test_a_worker_whose_lease_is_gone_takes_no_traffic_when_sick_and_is_forgotten_after_a_while(
+    house: House,
+) -> None:
+    house.lease(A, B)
+    house.look()
+    house.unlease(A)
+    house.unlease(B)
+    house.sick = {"b"}
+    assert house.look() == "A"
+    house.now += STALE_SECONDS + 1
+    assert house.look() == ""
+    assert sorted(house.left) == ["a", "b"]
+    assert house.registry.describe() == []
+
+
+def test_a_new_process_under_an_old_name_has_to_prove_itself(house: House) -> None:
+    house.lease(A)
+    house.look()
+    house.sick = {"a"}
+    house.lease(replace(A, epoch=6))  # the same process, told the index everything again
+    assert house.look() == "a"
+    house.lease(replace(A, boot_id="2", epoch=7))  # it beats, but does not listen yet
+    assert house.look() == ""
+
+
+def test_a_worker_that_names_chunks_differently_is_served_but_never_trusted(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    house.lease(replace(A, probe_keys=("00" * 16,)))
+    assert house.look() == "a"
+    assert house.registry.scheme("m") is None
+    assert "names chunks in another way" in caplog.text
+
+
+def test_distrust_lasts_until_the_worker_restarts(house: House) -> None:
+    house.lease(A)
+    house.look()
+    house.registry.distrust("a")
+    assert house.registry.scheme("m") is None
+    house.look()
+    assert house.registry.scheme("m") is None
+    house.lease(replace(A, boot_id="2"))
+    house.look()
+    assert house.registry.scheme("m") == SCHEME
+
+
+def test_the_scheme_is_the_majoritys(house: House) -> None:
+    odd = KeyScheme(namespace_of({"model": "other weights"}), 128)
+    house.lease(
+        replace(A, namespace=odd.namespace.hex(), chunk_tokens=128, probe_keys=tuple(probe_keys(odd))),
+        B,
+        replace(B, worker_id="c", url="http://c:1"),
+    )
+    assert house.look() == "abc"
+    assert house.registry.scheme("m") == SCHEME
+
+
+def test_a_lease_that_makes_no_sense_is_left_out(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    house.lease(replace(A, chunk_tokens=0), replace(B, namespace="beef"), B)
+    assert house.look() == "b"
+    assert "chunk_tokens=0" in caplog.text
+
+
+def test_static_workers_are_asked_every_time_and_have_no_scheme() -> None:
+    house = House(None, StaticWorker("http://plain:8000/", "m"))
+    try:
+        assert house.look() == "plain:8000"
+        assert house.look() == "plain:8000"
+        assert house.asked == ["plain"]
+        assert house.registry.scheme("m") is None
+        house.sick = {"plain"}
+        assert house.look() == ""
+        assert [row["state"] for row in house.registry.describe()] == ["down"]
+    finally:
+        house.close()
+
+
+def test_a_lease_wins_over_a_static_entry_of_the_same_url(valkey: ValkeyServer) -> None:
+    house = House(valkey, StaticWorker("http://a:1", "m"))
+    try:
+        assert house.look() == "a:1"
+        house.lease(A)
+        assert house.look() == "a"
+    finally:
+        house.close()
+
+
+def test_it_refreshes_by_itself(house: House) -> None:
+    async def until_seen() -> None:
+        house.registry._interval = 0.01
+        await house.registry.start()
+        house.lease(A)
+        while not house.registry.snapshot():
+            await asyncio.sleep(0.005)
+        await house.registry.close()
+
+    house.run(until_seen())
