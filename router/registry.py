@@ -115,6 +115,7 @@ class Registry:
                 "epoch": known.worker.epoch,
                 "tiers": list(known.worker.tiers),
                 "load": known.worker.load._asdict(),
+                "beat": dict(known.worker.beat),
             }
             for _, known in sorted(self._known.items())
         ]

@@ -1,7 +1,7 @@
 """A worker as the router sees it: what it is, and how busy it said it was."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cacheengine.index import Lease, WorkerInfo
@@ -50,6 +50,7 @@ class Worker:
     trusted: bool = False  # it names chunks as we do (handshake)
     stale: bool = False  # known from earlier: its lease cannot be read now
     load: Load = UNKNOWN
+    beat: Mapping[str, str] = field(default_factory=dict, repr=False)  # the heartbeat as it was written
 
     @property
     def scheme(self) -> KeyScheme | None:
@@ -79,6 +80,7 @@ def from_lease(lease: Lease) -> Worker:
         tiers=info.tiers,
         trusted=_same_keys(info, scheme),
         load=_load(lease.beat),
+        beat=dict(lease.beat),
     )
 
 

@@ -88,7 +88,7 @@ class RedisTier:
         return here
 
     def read(self, refs: Sequence[Ref], into: Sequence[memoryview]) -> int:
-        self._check(into)
+        self._check(refs, into)
         if not refs:
             return 0
         filled = sent = 0
@@ -119,7 +119,7 @@ class RedisTier:
         return filled
 
     def write(self, refs: Sequence[Ref], data: Sequence[memoryview]) -> int:
-        self._check(data)
+        self._check(refs, data)
         if not refs:
             return 0
         started = time.perf_counter()
@@ -161,8 +161,8 @@ class RedisTier:
         meta = f"{self._prefix}{key.hex()}".encode()
         return meta, meta + b"_bytes"
 
-    def _check(self, buffers: Sequence[memoryview]) -> None:
-        for buffer in buffers:
+    def _check(self, refs: Sequence[Ref], buffers: Sequence[memoryview]) -> None:
+        for _, buffer in zip(refs, buffers, strict=True):
             if len(buffer) != self._payload_bytes:
                 raise ValueError(f"buffer of {len(buffer)} bytes, expected {self._payload_bytes}")
 

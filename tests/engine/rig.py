@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import httpx
 
@@ -24,7 +25,11 @@ def free_port() -> int:
 
 
 class Worker:
-    """One server process.  `cache=None` is plain vLLM; `args` go to vLLM, `env` to its environment."""
+    """One server process.  `cache=None` is plain vLLM; `args` go to vLLM, `env` to its environment.
+
+    Starts without waiting, so that two can start at once; ready() waits.  `core` pins its compute: equal
+    thread counts are equal rounding.
+    """
 
     def __init__(
         self,
@@ -33,6 +38,7 @@ class Worker:
         cache: dict[str, str | int] | None,
         *,
         redis_url: str = "",
+        core: int = 0,
         args: Sequence[str] = (),
         env: dict[str, str] | None = None,
     ) -> None:
@@ -41,7 +47,7 @@ class Worker:
             cache = {"worker_id": f"w{port}", "worker_url": f"http://127.0.0.1:{port}", **cache}
         spec = WorkerSpec(
             model=str(model), port=port, served_name="smol", max_model_len=4096, redis_url=redis_url,
-            cache=cache or {}, extra=("--max-num-seqs", "8", *args),
+            cache=cache or {}, cores=str(core), extra=("--max-num-seqs", "8", *args),
         )  # fmt: skip
         self.url, self.log = spec.url, log
         variables = environment(spec, {**os.environ, "VLLM_SERVER_DEV_MODE": "1", **(env or {})})
@@ -51,22 +57,19 @@ class Worker:
                 stdout=out, stderr=out, env=variables, start_new_session=True,
             )  # fmt: skip
         self.http = httpx.Client(base_url=self.url, timeout=120)
-        try:
-            self._wait()
-        except BaseException:
-            self.kill()
-            raise
 
-    def _wait(self) -> None:
+    def ready(self) -> Self:
+        """Wait until it serves.  Raises AssertionError with the end of its log."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 break
             try:
                 if self.http.get("/health").status_code == 200:
-                    return
+                    return self
             except httpx.TransportError:
                 time.sleep(0.3)
+        self.kill()
         tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
         raise AssertionError(f"the worker did not come up:\n{tail}")
 
@@ -97,6 +100,10 @@ class Worker:
         assert first, "no token came"
         return first
 
+    def chat_tokens(self, **body: object) -> list[int]:
+        """Token ids of a chat, as this server renders it."""
+        return list(self.http.post("/tokenize", json={"model": "smol", **body}).json()["tokens"])
+
     def metric(self, name: str, **labels: str) -> float:
         """Sum of the series of `name` that carry these labels."""
         total = 0.0
@@ -116,7 +123,9 @@ class Worker:
         """Wait until `chunks` chunks were stored in tier `saved`."""
         deadline = time.monotonic() + timeout
         while self.metric("cairn_engine_saved_chunks_total", tier=saved) < chunks:
-            assert time.monotonic() < deadline, f"only {self.metric('cairn_engine_saved_chunks_total', tier=saved)}"
+            assert time.monotonic() < deadline, (
+                f"only {self.metric('cairn_engine_saved_chunks_total', tier=saved)}"
+            )
             time.sleep(0.1)
 
     def reset_device(self) -> None:

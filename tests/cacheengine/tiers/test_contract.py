@@ -110,6 +110,12 @@ def test_a_buffer_of_the_wrong_length_is_a_bug(tier: Tier):
         tier.read([ref(0)], [short])
 
 
+def test_a_ref_without_a_buffer_is_a_bug(tier: Tier):
+    refs, data = chunks(2)
+    with pytest.raises(ValueError, match="shorter"):
+        tier.write(refs, data[:1])
+
+
 def test_the_callers_data_is_only_read(tier: Tier):
     refs, data = chunks(3)
     tier.write(refs, data)

@@ -1,0 +1,96 @@
+"""The only place where the gateway's objects are made and introduced to each other."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from cacheengine.index import Fleet, IndexReader
+from gateway.config import GatewayConfig
+from gateway.dispatch import Dispatcher
+from gateway.errors import error_body
+from gateway.handshake import Handshake
+from gateway.metrics import Metrics
+from gateway.routes import generation, openai, operations
+from router.load import LoadBoard
+from router.registry import Registry
+from router.router import Router
+
+# vLLM's server drops idle connections after 5 s: let go a little earlier than it does.
+_KEEPALIVE_SECONDS = 4.0
+
+
+def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> FastAPI:
+    """Objects are made here and do no I/O; the lifespan opens and closes them.  `transport` carries requests
+    to workers; the default is httpx's pool without a limit, since max_inflight is the limit."""
+    metrics = Metrics(CollectorRegistry())
+    pool = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="cairn-tokenize")
+    limits = httpx.Limits(
+        max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEPALIVE_SECONDS
+    )
+    carrier = transport or httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
+    http = httpx.AsyncClient(trust_env=False)  # health checks and handshakes, never a client's request
+    fleet = Fleet(config.redis_url) if config.redis_url else None
+    index = IndexReader(config.redis_url, config.index_deadline_ms) if config.redis_url else None
+    board = LoadBoard()
+    registry = Registry(http, fleet, config.static_workers(), on_leave=board.forget)
+    router = Router(registry, board, index, config.policy, on_decision=metrics.decided)
+    handshake = Handshake(registry, http, pool, metrics, config.tokenizer_path, config.tokenizer_memo_bytes)
+    dispatcher = Dispatcher(config, router, handshake, carrier, pool, metrics)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with contextlib.AsyncExitStack() as opened:
+            opened.callback(pool.shutdown, wait=False, cancel_futures=True)
+            await opened.enter_async_context(carrier)
+            await opened.enter_async_context(http)
+            if fleet is not None:
+                opened.push_async_callback(fleet.close)
+            if index is not None:
+                opened.push_async_callback(index.close)
+                await index.open()
+            opened.push_async_callback(registry.close)
+            await registry.start()
+            meeting = asyncio.create_task(handshake.run(), name="cairn-handshake")
+            opened.push_async_callback(_stopped, meeting)
+            yield
+
+    app = FastAPI(title="Cairn", lifespan=lifespan)
+    app.router.routes.extend(generation(dispatcher))
+    app.include_router(openai(router, started=int(time.time())))
+    app.include_router(operations(router, dispatcher, metrics))
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _bad_parameter)
+    app.add_exception_handler(Exception, _our_fault)
+    return app
+
+
+async def _stopped(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def _http_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    kind = "invalid_request_error" if exc.status_code < 500 else "server_error"
+    message = f"{exc.detail}: {request.method} {request.url.path}"
+    body = error_body(message, kind, "not_found" if exc.status_code == 404 else None)
+    return Response(body, exc.status_code, exc.headers, "application/json")
+
+
+async def _bad_parameter(request: Request, exc: Exception) -> Response:
+    return Response(error_body(str(exc), "invalid_request_error", None), 400, media_type="application/json")
+
+
+async def _our_fault(request: Request, exc: Exception) -> Response:
+    body = error_body("The gateway failed to handle this request.", "server_error", "internal_error")
+    return Response(body, 500, media_type="application/json")

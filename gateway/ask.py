@@ -1,0 +1,63 @@
+"""The few fields the gateway reads of an OpenAI body.
+
+The body itself travels on as the bytes that came; whatever is not read here is the worker's business, and so
+is validation: a field of a type we do not expect makes a prompt we do not key, not an error.
+"""
+
+from typing import Any
+
+import msgspec
+
+from gateway.errors import BadRequest
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """What decides the prompt's tokens.  `Any` is what vLLM validates, not us."""
+
+    model: str | None = None
+    messages: Any = None
+    prompt: Any = None
+    tools: Any = None
+    documents: Any = None
+    add_generation_prompt: Any = True
+    continue_final_message: Any = False
+    add_special_tokens: Any = None
+    chat_template: Any = None
+    chat_template_kwargs: Any = None
+    reasoning_effort: Any = None
+    truncate_prompt_tokens: Any = None
+    prompt_embeds: Any = None
+    kv_transfer_params: Any = None
+    cache_salt: Any = None
+
+    @property
+    def tags(self) -> tuple[tuple[str, str], ...]:
+        """Key tags: prompts under different salts never share KV."""
+        return (("salt", self.cache_salt),) if isinstance(self.cache_salt, str) and self.cache_salt else ()
+
+    @property
+    def keyable(self) -> bool:
+        """False when something beyond chat template and tokenizer shapes the prompt."""
+        return (
+            self.chat_template is None
+            and self.truncate_prompt_tokens is None
+            and self.prompt_embeds is None
+            and not (
+                isinstance(self.kv_transfer_params, dict) and "prompt_token_ids" in self.kv_transfer_params
+            )
+        )
+
+
+_decoder = msgspec.json.Decoder(Ask)
+
+
+def read_ask(body: bytes) -> Ask:
+    """Raises BadRequest when the body is not a JSON object, or its model is not a string."""
+    try:
+        return _decoder.decode(body)
+    except msgspec.ValidationError as exc:
+        raise BadRequest(
+            f"The request body is not acceptable: {exc}.", "model" if "$.model" in str(exc) else None
+        ) from exc
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise BadRequest(f"The request body is not valid JSON: {exc}.") from exc

@@ -1,0 +1,119 @@
+"""The gateway's knobs.  Loaded like every process's: defaults < file < CAIRN_* environment < flags."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ByteSize, Field, field_validator
+
+from cacheengine.config import Config, Positive
+from router.policy import POLICIES
+from router.worker import StaticWorker
+
+_WORKER = re.compile(r"(.+?)=(https?://[^/=]+/?)")
+
+
+def _split(value: object) -> object:
+    """`a,b` from an environment variable is a list."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+class GatewayConfig(Config):
+    """Knobs of one gateway process."""
+
+    host: str = Field(
+        "127.0.0.1",
+        description="Address to listen on. Leave it alone unless something in front authenticates: "
+        "the admin pages share this port.",
+    )
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    redis_url: str = Field(
+        "",
+        description="Redis or Valkey with the fleet registry and the chunk index; empty: only `workers`, "
+        "routed by consistent hashing. Put it in CAIRN_REDIS_URL, not in argv, when it holds a password.",
+    )
+    workers: Annotated[list[str], BeforeValidator(_split)] = Field(
+        default_factory=list,
+        description="Workers that do not register themselves, as `model=http://host:port` "
+        "(comma separated in the environment). Leave it alone when workers use Cairn's connector.",
+    )
+    policy: str = Field(
+        "predicted_ttft",
+        description="How a worker is chosen; see router/policy.py for the names. "
+        "Leave it alone except to compare.",
+    )
+    tokenizer_path: str = Field(
+        "",
+        description="Folder with tokenizer.json and the chat template; empty: the path each worker tells. "
+        "Leave it alone unless the gateway sees the model under another path.",
+    )
+    tokenizer_threads: Positive = Field(
+        2, description="Threads that render and tokenize long prompts. Leave it alone up to four cores."
+    )
+    tokenizer_memo_bytes: ByteSize = Field(
+        ByteSize(64 << 20),
+        description="Memory for token ids of chat turns seen before, in bytes per model. "
+        "Leave it alone unless thousands of long conversations are alive at once.",
+    )
+    max_body_bytes: ByteSize = Field(
+        ByteSize(16 << 20),
+        description="Longest request body in bytes; a longer one is answered 413. "
+        "Raise it for pictures sent inline.",
+    )
+    max_inflight: Positive = Field(
+        4096,
+        description="Requests carried at once; beyond it 503 with Retry-After. Each keeps its body in RAM: "
+        "lower it where max_body_bytes is raised.",
+    )
+    max_retries: int = Field(
+        1,
+        ge=0,
+        description="How many further workers may get a request that a worker dropped or refused before "
+        "its first byte. Workers that could not be connected to do not count. Leave it alone: a request that "
+        "kills workers kills this many more.",
+    )
+    connect_timeout_seconds: float = Field(
+        2.0,
+        gt=0,
+        description="Longest TCP connect to a worker, in seconds. Leave it alone within one data centre.",
+    )
+    first_byte_timeout_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="Longest silence before a worker's first byte, in seconds: queueing, prefill and, "
+        "without streaming, the whole answer. Raise it for long answers that are not streamed.",
+    )
+    idle_timeout_seconds: float = Field(
+        120.0,
+        gt=0,
+        description="Longest pause in mid-answer, in seconds, whether the worker is silent or the "
+        "client does not read. Leave it alone.",
+    )
+    index_deadline_ms: float = Field(
+        2.0,
+        gt=0,
+        description="Longest wait for the chunk index, in milliseconds; later is routed by hashing. "
+        "Leave it alone unless Redis is more than a switch away.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe line that is logged."
+    )
+
+    @field_validator("workers")
+    @classmethod
+    def _name_a_model(cls, workers: list[str]) -> list[str]:
+        for worker in workers:
+            if not _WORKER.fullmatch(worker):
+                raise ValueError(f"{worker!r} should read model=http://host:port")
+        return workers
+
+    @field_validator("policy")
+    @classmethod
+    def _is_a_policy(cls, policy: str) -> str:
+        if policy not in POLICIES:
+            raise ValueError(f"{policy!r} is none of {', '.join(POLICIES)}")
+        return policy
+
+    def static_workers(self) -> list[StaticWorker]:
+        """`workers`, parsed."""
+        found = (_WORKER.fullmatch(worker) for worker in self.workers)
+        return [StaticWorker(url=match[2].rstrip("/"), model=match[1]) for match in found if match]

@@ -1,0 +1,109 @@
+"""Everything the gateway says no with, in the shape OpenAI clients expect.
+
+GatewayError
+  BadRequest      400  the body is not what this endpoint takes
+  UnknownModel    404  no worker serves that model
+  BodyTooLarge    413  more bytes than max_body_bytes
+  NoWorker        503  nobody can take it now; Retry-After says when to come back
+    Overloaded    503  max_inflight requests are already here
+  Upstream        502  a worker was tried and failed before its first byte reached the client
+    Unreachable   502  it could not be connected to: the request never got there
+    Busy          503  it answered 503 itself
+    TooSlow       504  it was silent longer than the phase allows; never retried
+
+Worker answers with their own status (4xx, 5xx) are not errors here: they are relayed as they are.
+"""
+
+import msgspec
+
+
+class GatewayError(Exception):
+    """Root of every refusal.  `str(error)` is written for the person who reads it in a client."""
+
+    status = 500
+    kind = "server_error"
+    code: str | None = "internal_error"
+    param: str | None = None
+    retry_after: int | None = None  # seconds
+
+    def body(self) -> bytes:
+        """The JSON document OpenAI's clients parse."""
+        return error_body(str(self), self.kind, self.code, self.param)
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Raw ASGI headers of a JSON answer made of this error."""
+        headers = [(b"content-type", b"application/json")]
+        if self.retry_after is not None:
+            headers.append((b"retry-after", str(self.retry_after).encode()))
+        return headers
+
+
+class BadRequest(GatewayError):
+    status, kind, code = 400, "invalid_request_error", None
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownModel(GatewayError):
+    status, kind, code, param = 404, "invalid_request_error", "model_not_found", "model"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"The model `{model}` does not exist or is not served here.")
+
+
+class BodyTooLarge(GatewayError):
+    status, kind, code = 413, "invalid_request_error", "request_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request body is larger than {limit} bytes.")
+
+
+class NoWorker(GatewayError):
+    status, kind, code, retry_after = 503, "server_error", "no_worker", 1
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"No worker can serve the model `{model}` at the moment.")
+
+
+class Overloaded(NoWorker):
+    code = "overloaded"
+
+    def __init__(self, inflight: int) -> None:
+        GatewayError.__init__(self, f"{inflight} requests are already in flight; try again shortly.")
+
+
+class Upstream(GatewayError):
+    """One worker failed one attempt.  The message names what happened, never the worker's address."""
+
+    status, kind, code = 502, "server_error", "upstream_error"
+    sentence = "The worker closed the connection before its answer was complete."
+
+    def __init__(self, url: str, cause: object = "") -> None:
+        super().__init__(self.sentence)
+        self.url = url
+        self.cause = cause
+
+
+class Unreachable(Upstream):
+    sentence = "The worker could not be reached."
+
+
+class Busy(Upstream):
+    status, code, retry_after = 503, "no_worker", 1
+    sentence = "Every worker that could serve this request is busy."
+
+
+class TooSlow(Upstream):
+    status, code = 504, "upstream_timeout"
+    sentence = "The worker did not answer in time."
+
+
+def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> bytes:
+    return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
+
+
+def sse_error(error: GatewayError) -> bytes:
+    """The same object as one server-sent event, for a stream that has already begun."""
+    return b"data: " + error.body() + b"\n\n"

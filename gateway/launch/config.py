@@ -1,0 +1,71 @@
+"""What `cairn up` may be told, and where it keeps its things."""
+
+from pathlib import Path
+
+from pydantic import ByteSize, Field
+
+from cacheengine.config import Config, Positive
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+
+
+class LaunchConfig(Config):
+    """Knobs of `cairn up`.  defaults < YAML file < CAIRN_* environment < flags."""
+
+    home: Path = Field(
+        Path("~/.cache/cairn"),
+        description="Directory for models, disk tiers, logs and run files. "
+        "Leave it alone unless the home file system is small or slow.",
+    )
+    model: str = Field(
+        DEFAULT_MODEL,
+        description="A directory with config.json and safetensors, a Hugging Face id, or the bundled one.",
+    )
+    served_model_name: str = Field(
+        "",
+        description="The name clients send as `model`. Empty: the directory's name, or the Hugging Face id.",
+    )
+    worker_count: Positive = Field(
+        1,
+        description="vLLM workers to start; each wants a core and 5 GiB. Leave it alone on a laptop.",
+    )
+    port: Positive = Field(
+        8000, description="Port of the gateway on loopback; workers use the ports that follow it."
+    )
+    redis_url: str = Field(
+        "", description="An outside Redis or Valkey (redis:// or unix://); empty starts a bundled Valkey."
+    )
+    redis_bytes: ByteSize = Field(
+        ByteSize(1 << 30),
+        description="Memory limit of the bundled Valkey, in bytes. Not used with an outside Redis.",
+    )
+    host_bytes: ByteSize = Field(
+        ByteSize(1 << 30), description="Host memory tier of each worker, in bytes (512MiB, 2GiB …)."
+    )
+    disk_bytes: ByteSize = Field(
+        ByteSize(4 << 30), description="Disk tier of each worker, preallocated, in bytes; 0 turns it off."
+    )
+    kv_cache_gib: Positive = Field(
+        1, description="vLLM's own KV cache on the CPU, in GiB per worker. Leave it alone for small models."
+    )
+    dtype: str = Field(
+        "auto", description="vLLM's --dtype. `auto` is the model's own; float32 makes greedy output exact."
+    )
+    max_model_len: Positive = Field(
+        8192, description="Longest context in tokens; the model's own limit applies when it is shorter."
+    )
+
+    @property
+    def root(self) -> Path:
+        """`home`, absolute."""
+        return self.home.expanduser().absolute()
+
+    @property
+    def url(self) -> str:
+        """Where the gateway answers."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def worker_ports(self) -> tuple[int, ...]:
+        """One port per worker, right after the gateway's."""
+        return tuple(range(self.port + 1, self.port + 1 + self.worker_count))

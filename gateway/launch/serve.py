@@ -1,0 +1,40 @@
+"""Run as a program: the gateway under uvicorn.  `python -m gateway.launch.serve '{"port": 8000}'`
+
+The argument is a JSON object of GatewayConfig fields (plus `config`, a YAML file); the environment fills
+the rest.
+"""
+
+import json
+import logging
+import sys
+
+import uvicorn
+
+from cacheengine.config import ConfigError
+from gateway.app import create_app
+from gateway.config import GatewayConfig
+
+GRACE_SECONDS = 5  # open streams may finish for this long after SIGTERM
+
+
+def main() -> None:
+    flags = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
+    try:
+        config = GatewayConfig.load(flags.pop("config", None), **flags)
+    except ConfigError as exc:
+        sys.exit(f"cairn gateway: {exc}")
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    uvicorn.run(
+        create_app(config),
+        host=config.host,
+        port=config.port,
+        loop="uvloop",
+        http="httptools",
+        access_log=False,
+        log_level=config.log_level,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+
+
+if __name__ == "__main__":
+    main()

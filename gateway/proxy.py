@@ -1,0 +1,235 @@
+"""One request to one worker, and its bytes back to one client.  Knows HTTP and httpx, not routing.
+
+`Client` is our end of the caller's connection, `ask_worker` a context that holds a worker's answer, `relay`
+moves bytes from one to the other.  Leaving the context closes the worker's connection, and a closed
+connection is how vLLM learns to stop generating.  Nothing reaches the client before the worker's first body
+byte, so until then another worker may be tried.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import httpx
+from starlette.types import Message, Receive, Scope, Send
+
+from gateway.errors import (
+    BadRequest,
+    BodyTooLarge,
+    Busy,
+    GatewayError,
+    TooSlow,
+    Unreachable,
+    Upstream,
+    sse_error,
+)
+
+Headers = list[tuple[bytes, bytes]]
+
+_HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
+    b"transfer-encoding upgrade".split()
+)
+# Not the worker's business: who we are, how long our copy is, and our own switches.
+_NOT_SENT = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"x-cairn-explain"}
+_NOT_RETURNED = _HOP_BY_HOP | {b"date", b"server"}
+_TAIL_BYTES = 4096  # where `usage` is, in the last event or at the end of a JSON answer
+_MAX_HELD_BYTES = 1 << 20  # an event longer than this is passed on in pieces
+# Inside a JSON string the quotes would be escaped, so generated text cannot match.
+_CACHED = re.compile(rb'"prompt_tokens_details":\s*\{[^{}]*"cached_tokens":\s*(\d+)')
+
+
+class ClientGone(Exception):
+    """The client hung up while we were still reading its request."""
+
+
+class Client:
+    """The caller's end of one exchange: remembers what it was told, and hears when it leaves."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.headers: Headers = scope["headers"]
+        self.status = 0  # of the answer, once started
+        self.finished = False
+        self.streams = False  # the answer is server-sent events
+        self._receive = receive
+        self._send = send
+
+    def header(self, name: bytes) -> bytes | None:
+        return next((value for key, value in self.headers if key == name), None)
+
+    async def body(self, limit: int) -> bytes:
+        """The whole request body.  Raises BodyTooLarge or ClientGone."""
+        length = self.header(b"content-length")
+        if length is not None and length.isdigit() and int(length) > limit:
+            raise BodyTooLarge(limit)
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message: Message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part = message.get("body", b"")
+            size += len(part)
+            if size > limit:
+                raise BodyTooLarge(limit)
+            parts.append(part)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        headers = list(headers)
+        self.status = status
+        self.streams = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in headers)
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def write(self, chunk: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def finish(self, chunk: bytes = b"") -> None:
+        self.finished = True  # before the await: from here on a hang-up is the normal end
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": False})
+
+    async def refuse(self, error: GatewayError) -> None:
+        """Tell the client in whatever form is still possible: a JSON answer, an event in the stream, or, in
+        the middle of a JSON answer, nothing: the server cuts the connection of an unfinished answer."""
+        if not self.status:
+            body = error.body()
+            await self.start(error.status, [*error.headers(), (b"content-length", b"%d" % len(body))])
+            await self.finish(body)
+        elif self.streams and not self.finished:
+            await self.finish(sse_error(error))
+
+    async def stays_for(self, work: Coroutine[None, None, None]) -> bool:
+        """Run `work` and raise what it raises; False when the client left first and the work was cancelled.
+
+        Servers only report a hang-up to whoever is waiting in receive(), so somebody has to be, also while
+        a worker is silent."""
+        task = asyncio.create_task(work)
+        ears = asyncio.create_task(self._hung_up())
+        try:
+            await asyncio.wait((task, ears), return_when=asyncio.FIRST_COMPLETED)
+            if task.done() or self.finished:
+                await task
+                return True
+            return False
+        finally:
+            for each in (task, ears):
+                each.cancel()
+            await asyncio.gather(task, ears, return_exceptions=True)
+
+    async def _hung_up(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long each phase may be silent, in seconds."""
+
+    connect: float
+    first_byte: float  # also the whole of an answer that is not streamed
+    idle: float  # between two reads of an answer
+
+
+@dataclass(slots=True)
+class Answer:
+    """A worker's answer with its first body bytes in hand."""
+
+    url: str
+    status: int
+    headers: Headers
+    first: bytes
+    rest: AsyncIterator[bytes]
+    timer: asyncio.Timeout
+    idle: float
+    tail: bytes = field(default=b"")  # the last bytes relayed
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """What the worker says it did not have to compute, if its answer says so."""
+        found = _CACHED.findall(self.tail)
+        return int(found[-1]) if found else None
+
+
+@asynccontextmanager
+async def ask_worker(
+    transport: httpx.AsyncBaseTransport,
+    base_url: str,
+    path: str,
+    headers: Headers,
+    body: bytes,
+    patience: Patience,
+) -> AsyncIterator[Answer]:
+    """Send `body` untouched and wait for the first bytes of the answer; leaving closes the connection.
+
+    Straight to the transport: httpx.Client would add cookies, redirects and proxies from the environment.
+    Raises Unreachable, Busy (it answered 503), TooSlow, or Upstream (it closed without a byte) on entry;
+    TooSlow and Upstream out of the body of the `with` too.  One timer, moved along, guards every silence."""
+    request = httpx.Request(
+        "POST",
+        base_url + path,
+        headers=_forwarded(headers),
+        content=body,
+        extensions={"timeout": {"connect": patience.connect}},
+    )
+    response: httpx.Response | None = None
+    try:
+        async with asyncio.timeout(patience.first_byte) as timer:
+            response = await transport.handle_async_request(request)
+            if response.status_code == 503:
+                raise Busy(base_url)
+            stream = response.stream
+            assert isinstance(stream, httpx.AsyncByteStream)
+            rest = aiter(stream)
+            first = await anext(rest, b"")
+            back = [(key.lower(), value) for key, value in response.headers.raw]
+            back = [(key, value) for key, value in back if key not in _NOT_RETURNED]
+            yield Answer(base_url, response.status_code, back, first, rest, timer, patience.idle)
+    except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
+        raise Unreachable(base_url, exc) from exc
+    except httpx.LocalProtocolError as exc:
+        raise BadRequest("A header of this request cannot be forwarded.") from exc
+    except TimeoutError as exc:
+        raise TooSlow(base_url, exc) from exc
+    except httpx.TransportError as exc:
+        raise Upstream(base_url, exc) from exc
+    finally:
+        if response is not None:
+            await response.aclose()
+
+
+async def relay(answer: Answer, client: Client, extra: Headers) -> None:
+    """Everything from the worker to the client, `extra` headers added.  Streams are cut at event boundaries
+    only, so that an error event can always follow.  Runs inside `ask_worker`, which maps what it raises."""
+    loop = asyncio.get_running_loop()
+    await client.start(answer.status, [*answer.headers, *extra])
+    held, chunk = b"", answer.first
+    while chunk:
+        answer.tail = (answer.tail + chunk)[-_TAIL_BYTES:]
+        if client.streams:
+            chunk, held = whole_events(held + chunk)
+        if chunk:
+            await client.write(chunk)
+        answer.timer.reschedule(loop.time() + answer.idle)
+        chunk = await anext(answer.rest, b"")
+    await client.finish(held)
+
+
+def whole_events(data: bytes) -> tuple[bytes, bytes]:
+    """`data` up to its last complete server-sent event, and the incomplete rest."""
+    if data.endswith(b"\n\n"):
+        return data, b""
+    ends = ((end, data.rfind(end)) for end in (b"\n\n", b"\r\n\r\n"))
+    cut = max((at + len(end) for end, at in ends if at >= 0), default=0)
+    if not cut and len(data) > _MAX_HELD_BYTES:
+        return data, b""
+    return data[:cut], data[cut:]
+
+
+def _forwarded(headers: Headers) -> Headers:
+    named = {
+        token.strip().lower() for key, value in headers if key == b"connection" for token in value.split(b",")
+    }
+    return [(key, value) for key, value in headers if key not in _NOT_SENT and key not in named]

@@ -1,0 +1,48 @@
+"""Real engines: vLLM on the CPU, the bundled model, a real Valkey."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.launch.model import prepare
+from tests.engine.rig import Worker
+
+Start = Callable[..., Worker]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.engine)
+            item.add_marker(pytest.mark.timeout(1200))
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    return prepare("SmolLM2-135M-Instruct", Path.home() / ".cache" / "cairn").path
+
+
+@pytest.fixture(scope="module")
+def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts workers that end with the module, whatever happens."""
+    logs = tmp_path_factory.mktemp("logs")
+    with contextlib.ExitStack() as stack:
+
+        def launch(name: str, *args: object, **kwargs: object) -> Worker:
+            worker = Worker(model, logs / f"{name}.log", *args, **kwargs)
+            stack.callback(worker.kill)
+            return worker
+
+        yield launch
+
+
+@pytest.fixture(scope="module")
+def valkey_module(valkey_server):
+    """The session's server, empty, for a whole module."""
+    valkey_server.start()
+    with valkey_server.client() as client:
+        client.flushall()
+    return valkey_server

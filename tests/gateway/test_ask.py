@@ -1,0 +1,26 @@
+import pytest
+
+from gateway.ask import read_ask
+from gateway.errors import BadRequest
+
+
+def test_only_a_few_fields_are_read_and_the_rest_is_let_be() -> None:
+    ask = read_ask(b'{"model": "m", "messages": [1], "temperature": {"any": "thing"}, "n": 1e400}')
+    assert (ask.model, ask.messages) == ("m", [1])
+
+
+def test_a_salt_is_a_tag_and_an_odd_salt_is_the_workers_business() -> None:
+    assert read_ask(b'{"cache_salt": "a"}').tags == (("salt", "a"),)
+    assert read_ask(b'{"cache_salt": ""}').tags == read_ask(b'{"cache_salt": 5}').tags == ()
+
+
+def test_a_model_that_is_no_string_is_named_in_the_error() -> None:
+    with pytest.raises(BadRequest) as caught:
+        read_ask(b'{"model": []}')
+    assert caught.value.param == "model"
+
+
+def test_prompts_shaped_by_more_than_the_template_are_not_keyed() -> None:
+    assert read_ask(b'{"kv_transfer_params": {"do_remote_prefill": true}}').keyable
+    assert not read_ask(b'{"kv_transfer_params": {"prompt_token_ids": [1]}}').keyable
+    assert not read_ask(b'{"truncate_prompt_tokens": 5}').keyable

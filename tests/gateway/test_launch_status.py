@@ -1,0 +1,57 @@
+"""`cairn status`: rows from what /admin/workers says."""
+
+from rich.console import Console
+
+from gateway.launch import status
+
+WORKER = {
+    "id": "w1",
+    "url": "http://127.0.0.1:8001",
+    "model": "m",
+    "state": "ready",
+    "stale": False,
+    "load": {"running": 2.0, "waiting": 1.0},
+    "beat": {
+        "host_used": "30",
+        "host_slots": "60",
+        "lookup_tokens": "1000",
+        "hit_tokens_host": "600",
+        "hit_tokens_disk": "150",
+    },
+}
+
+
+def row(**changes):
+    return status.summary([status.flat(WORKER | changes)])[0]
+
+
+def test_a_worker_is_shown_with_its_fill_and_hit_rate():
+    shown = row()
+    assert (shown["id"], shown["state"], shown["running"], shown["waiting"]) == ("w1", "ready", 2.0, 1.0)
+    assert shown["host"] == "50 % of 60"
+    assert shown["disk"] == "–"
+    assert shown["hit_rate"] == 0.75
+
+
+def test_a_worker_whose_heartbeat_is_not_heard_is_stale():
+    assert row(stale=True)["state"] == "stale"
+    assert row(stale=True, state="down")["state"] == "down"
+
+
+def test_a_worker_that_reports_nothing_has_dashes_not_zeros():
+    shown = row(load=None, beat=None)
+    assert (shown["running"], shown["host"], shown["hit_rate"]) == (None, "–", None)
+
+
+def test_nonsense_in_a_heartbeat_is_left_out():
+    assert row(beat={"host_slots": "many", "lookup_tokens": "?"})["host"] == "–"
+
+
+def test_the_table_has_a_line_per_worker():
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(status.table([row(), row(id="w2", state="down")]))
+    console.file.close()
+    text = console.export_text()
+    assert "w1" in text
+    assert "w2" in text
+    assert "75 %" in text
