@@ -105,13 +105,13 @@ class Mover:
         done = 0
         try:
             moves = [job.plan.moves[i] for i in batch]
-            done = self._bring(moves)
-            self._scatter(moves[:done])
+            brought = self._bring(moves)
+            self._scatter(moves[:brought])
+            done = brought
         except CacheError as exc:
             logger.warning("load of plan %d ends early: %s", job.plan.id, exc)
         except Exception:  # the top of a thread: a lost report would leak blocks
             logger.exception("load of plan %d failed", job.plan.id)
-            done = 0
         self._finish_batch(job, batch, done)
 
     def _bring(self, moves: Sequence[Move]) -> int:

@@ -1,5 +1,6 @@
 """A real vLLM worker on the CPU, started as `cairn worker` starts it, held by its pid."""
 
+import contextlib
 import json
 import os
 import re
@@ -140,16 +141,12 @@ class Worker:
         """As a deployment would: SIGTERM, then patience."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                pass
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass
         self.process.wait(30)
         self.http.close()
