@@ -41,8 +41,7 @@ check: $(STAMP) ## format, lint, types, architecture and unit tests
 	@$(BIN)/python -m pytest -q -m 'not e2e and not engine'
 
 test: check ## check, then the tests with several processes and with a real vLLM
-	@$(BIN)/python -m pytest -q -m 'e2e and not engine'
-	@$(BIN)/python -m pytest -q -m engine
+	@$(BIN)/python -m pytest -q -m 'e2e or engine' --durations=8
 
 load: $(STAMP) ## 60 seconds of load on the running stack (PORT=… if not 8000)
 	@$(BIN)/locust -f loadtests/locustfile.py --headless --users 8 --spawn-rate 4 --run-time 60s --only-summary \
@@ -51,9 +50,8 @@ load: $(STAMP) ## 60 seconds of load on the running stack (PORT=… if not 8000)
 bench: $(STAMP) ## every quick benchmark; the last line of each is JSON
 	@$(BIN)/python -m loadtests --quick
 
-compose-test: ## the same stack in containers: up, one request, down (needs Docker)
-	@command -v docker >/dev/null || { echo 'make compose-test: Docker is not installed' >&2; exit 1; }
-	@compose/test.sh
+compose-test: ## the same stack in containers: build, chat, lose a worker, down; exit 77 without Docker
+	@$(or $(wildcard $(BIN)/python),python3) compose/test.py $(COMPOSE_TEST_ARGS)
 
 docs: $(STAMP) ## docs/config.md and docs/metrics.md from the code
 	@$(BIN)/python -m gateway.docs

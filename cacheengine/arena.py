@@ -51,8 +51,9 @@ class Arena:
         """Take the slot's memory from the kernel now, changing no byte of it.
 
         A first touch costs half a copy more, and twenty copies in a virtual machine whose host has yet to
-        back the page, so a background thread pays it before the model's thread would.  Safe while the slot
-        is in use.
+        back the page, so it is paid at start.  Not while serving: the call holds the address space's lock,
+        and a thread that is preempted inside it stalls every allocation of the process (seen: decode at a
+        hundredth of its speed).
         False where the kernel cannot (before 5.14): the first copy pays, as without this call.
         Raises as address(), and OSError(ENOMEM) when there is no memory to take.
         """

@@ -58,9 +58,6 @@ class Mover:
         self._queue_limit = write_queue_chunks
         settle_on = _pin_to(cores)
         self._loaders = ThreadPoolExecutor(io_threads, "cairn-load", settle_on)
-        self._closing = threading.Event()
-        self._toucher = ThreadPoolExecutor(1, "cairn-touch", settle_on)
-        self._toucher.submit(self._touch_arena)
         self._writers = {name: ThreadPoolExecutor(1, f"cairn-write-{name}", settle_on) for name in tiers}
 
     # -- called by the engine's thread -------------------------------------------------------------
@@ -92,8 +89,7 @@ class Mover:
         return outcome
 
     def close(self) -> None:
-        self._closing.set()
-        for pool in (self._toucher, self._loaders, *self._writers.values()):
+        for pool in (self._loaders, *self._writers.values()):
             pool.shutdown(wait=True, cancel_futures=True)
         for tier in self._tiers.values():
             tier.close()
@@ -189,16 +185,6 @@ class Mover:
         with self._lock:
             self._queued[spill.tier] -= len(plan.moves)
             self._outcome.reports.append(Report(plan.id, spill.tier, kept))
-
-    def _touch_arena(self) -> None:
-        """Take the arena's memory from the kernel ahead of the first saves, in the order slots are given out:
-        a first touch costs more than the copy, and the model's thread would pay it."""
-        try:
-            for slot in range(self._arena.slots):
-                if self._closing.is_set() or not self._arena.populate(slot):
-                    return
-        except OSError as exc:
-            logger.error("the host arena does not fit in memory (%s); lower host_bytes", exc)
 
     # -- inside ------------------------------------------------------------------------------------
 

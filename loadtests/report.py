@@ -23,9 +23,11 @@ class Bar(NamedTuple):
         return self.value >= self.bar if self.better == "higher" else self.value <= self.bar
 
 
-def finish(bench: str, results: Mapping[str, float], bars: Mapping[str, Bar]) -> int:
+def finish(
+    bench: str, results: Mapping[str, float], bars: Mapping[str, Bar], *, verdicts: bool = True
+) -> int:
     """Print verdicts and the JSON line; return the exit code: 1 when a bar is missed."""
-    for name, bar in bars.items():
+    for name, bar in bars.items() if verdicts else ():
         verdict = "ok  " if bar.ok else "MISS"
         print(f"{verdict} {name}: {bar.value:.3g} (bar {bar.bar:g}, {bar.better} is better)")
     line = {

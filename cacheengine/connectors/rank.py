@@ -2,11 +2,12 @@
 
 import logging
 import os
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cacheengine.arena import Arena
-from cacheengine.config import CacheConfig
+from cacheengine.config import CacheConfig, ConfigError
 from cacheengine.connectors.tiers import host_slots, lower_tiers
 from cacheengine.connectors.wire import EngineStats, Leg, RankWords
 from cacheengine.errors import LayoutMismatch
@@ -37,6 +38,8 @@ class RankHalf:
         self._bad: set[int] = set()
         self._words: dict[Leg, tuple[int, int]] = {}
         self._timings: list[Timing] = []
+        self._prefill: list[tuple[int, float]] = []
+        self._step_began = 0.0
         self._counted: dict[str, int] = {}
         self._open: dict[str, bool] = {}
 
@@ -50,7 +53,7 @@ class RankHalf:
                 f"vLLM registered {len(paged.bases)} layers of {paged.block_bytes}-byte blocks, "
                 f"its configuration promised {layout.layers} of {layout.block_bytes}"
             )
-        arena = Arena(host_slots(self._config, layout), layout.payload_bytes)
+        arena = _arena(host_slots(self._config, layout), layout.payload_bytes)
         self._mover = Mover(
             paged,
             arena,
@@ -65,6 +68,15 @@ class RankHalf:
             self._rank, len(paged.bases), paged.num_blocks, paged.block_bytes, layout.name,
             arena.slots, arena.slot_bytes, ", ".join(self._tiers) or "nothing",
         )  # fmt: skip
+
+    def begin_step(self) -> None:
+        """The forward pass is about to start."""
+        self._step_began = time.perf_counter()
+
+    def end_step(self, prefill_tokens: int) -> None:
+        """The forward pass is over (on CUDA: launched, so the rate is only meant for the CPU so far)."""
+        if prefill_tokens:
+            self._prefill.append((prefill_tokens, time.perf_counter() - self._step_began))
 
     def load(self, plans: list[Plan]) -> None:
         if self._mover is not None:
@@ -96,10 +108,10 @@ class RankHalf:
         return bad
 
     def take_words(self) -> RankWords | None:
-        if not self._words:
+        if not self._words and not self._prefill:
             return None
-        words = RankWords(self._words, self._timings)
-        self._words, self._timings = {}, []
+        words = RankWords(self._words, self._timings, self._prefill)
+        self._words, self._timings, self._prefill = {}, [], []
         return words
 
     def stats(self) -> EngineStats | None:
@@ -116,6 +128,17 @@ class RankHalf:
     def close(self) -> None:
         if self._mover is not None:
             self._mover.close()
+
+
+def _arena(slots: int, slot_bytes: int) -> Arena:
+    """An arena whose memory is already taken.  Raises ConfigError when it does not fit."""
+    arena, start = Arena(slots, slot_bytes), time.perf_counter()
+    try:
+        all(arena.populate(slot) for slot in range(slots))
+    except OSError:
+        raise ConfigError(f"host_bytes={arena.nbytes} does not fit in memory; lower it") from None
+    logger.info("took %d MiB for the host tier in %.1f s", arena.nbytes >> 20, time.perf_counter() - start)
+    return arena
 
 
 def spare_cores() -> frozenset[int]:

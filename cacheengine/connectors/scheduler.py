@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REDIS_REMEMBERED = 200_000  # chunks we remember having put there; Redis itself is asked before every load
+BUSY_SECONDS = 30.0
 PATIENCE_FACTOR = 2.0  # a Redis look-up may take this many deadlines before it counts as a miss
 
 
@@ -45,6 +47,7 @@ class SchedulerHalf:
         self._ranks = vllm_config.parallel_config.world_size
         self._tally = Tally()
         self._evicted: dict[str, int] = {}
+        self._stirred = 0.0  # when a plan was last made or reported
         slots = {HOST: host_slots(config, layout)}
         if config.disk_path:
             slots[DISK] = disk_slots(config, layout)
@@ -95,15 +98,19 @@ class SchedulerHalf:
                 scheduled.append(Scheduled(req_id, request.all_token_ids, computed[req_id], new, blocks[0]))
         plans = self.planner.step(scheduled)
         self._publish()
-        return StepPlans(plans)
+        self._stirred = time.monotonic() if plans else self._stirred
+        return StepPlans(plans, sum(item.new for item in scheduled if item.new > 1))
 
     def heard(self, words: RankWords) -> None:
         for timing in words.timings:
             tier = HOST if timing.op == "scatter" else timing.tier
             if timing.op in ("read", "scatter"):
                 self.planner.rates.observe_read(tier, timing.bytes, timing.seconds)
+        for tokens, seconds in words.prefill:
+            self.planner.rates.observe_prefill(tokens, seconds)
         self.planner.report(words.words)
         self._publish()
+        self._stirred = time.monotonic() if words.words else self._stirred
 
     def end(self, req_id: str) -> None:
         self._live.pop(req_id, None)
@@ -115,8 +122,9 @@ class SchedulerHalf:
 
     @property
     def busy(self) -> bool:
-        """Reports are still out: keep the engine stepping so that they are heard."""
-        return self.store.busy
+        """Reports are still out: keep the engine stepping so that they are heard.  Not for ever: a medium
+        that hangs in the kernel would keep an idle engine spinning."""
+        return self.store.busy and time.monotonic() - self._stirred < BUSY_SECONDS
 
     def stats(self) -> EngineStats | None:
         for tier, total in self.store.evicted.items():

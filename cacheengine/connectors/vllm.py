@@ -22,7 +22,7 @@ from cacheengine.connectors.geometry import layout_of, served_name, why_not
 from cacheengine.connectors.rank import RankHalf
 from cacheengine.connectors.scheduler import SchedulerHalf
 from cacheengine.connectors.wire import EngineProm, EngineStats, RankWords, StepPlans
-from cacheengine.plan import DISK, HOST, Plan
+from cacheengine.plan import DISK, HOST
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -141,9 +141,14 @@ class CairnConnector(KVConnectorBase_V1, SupportsHMA):
         if self._rank:
             self._rank.register(kv_caches)
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if self._rank:
+            self._rank.begin_step()
+
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
         if self._rank:
-            self._rank.load(self._step_plans())
+            self._rank.load(self._step().plans)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return None
@@ -155,7 +160,8 @@ class CairnConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         if self._rank:
-            self._rank.save(self._step_plans())
+            self._rank.end_step(self._step().prefill_tokens)
+            self._rank.save(self._step().plans)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return None, (self._rank.poll() or None) if self._rank else None
@@ -187,10 +193,10 @@ class CairnConnector(KVConnectorBase_V1, SupportsHMA):
         if half:
             half.close()
 
-    def _step_plans(self) -> list[Plan]:
+    def _step(self) -> StepPlans:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepPlans)
-        return metadata.plans
+        return metadata
 
 
 def _log_like_vllm() -> None:

@@ -15,9 +15,10 @@ Leg = tuple[int, str]  # plan id, leg
 
 @dataclass
 class StepPlans(KVConnectorMetadata):
-    """Scheduler → ranks: what to move in this step."""
+    """Scheduler → ranks: what to move in this step, and how much of it is prefill."""
 
     plans: list[Plan] = field(default_factory=list)
+    prefill_tokens: int = 0
 
 
 @dataclass
@@ -26,13 +27,14 @@ class RankWords(KVConnectorWorkerMetadata):
 
     words: dict[Leg, tuple[int, int]] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
+    prefill: list[tuple[int, float]] = field(default_factory=list)  # tokens and seconds of a step
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "RankWords":
         assert isinstance(other, RankWords)
         for leg, (ranks, kept) in other.words.items():
             mine = self.words.get(leg, (0, kept))
             self.words[leg] = (mine[0] + ranks, min(mine[1], kept))
-        return self  # timings of one rank are enough: ranks move equal bytes
+        return self  # timings of one rank are enough: ranks do equal work
 
 
 @dataclass

@@ -44,7 +44,7 @@ def story(request, start, valkey_module, tmp_path_factory) -> Story:
     """Two workers at a time, one a core: plain ‖ cold and host; disk after kill -9 ‖ the other worker."""
     dtype, told, disk = SPLITS[request.param], Story(), tmp_path_factory.mktemp("disk")
     no_device = (*dtype, "--no-enable-prefix-caching")
-    cache = {"host_bytes": 2 << 30, "disk_bytes": 2 << 30, "verify_loads": True}
+    cache = {"host_bytes": 700 << 20, "disk_bytes": 2 << 30, "verify_loads": True, "redis_timeout_ms": 5000}
     shared = {"redis_url": valkey_module.unix_url}
     with valkey_module.client() as client:
         client.flushall()

@@ -15,6 +15,8 @@ from gateway.app import create_app
 from gateway.config import GatewayConfig
 from tests.fakes import FakeVLLM, refusing_url, serve, slamming, wait_until
 
+pytestmark = pytest.mark.e2e
+
 CHAT = "/v1/chat/completions"
 BODY = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
 STREAM = {**BODY, "stream": True}

@@ -13,6 +13,8 @@ from gateway.launch.errors import LaunchError
 from gateway.launch.guard import remaining
 from gateway.launch.processes import LOG_BYTES, Child, Guard, Spec, group_alive, stop_all, wait_ready
 
+pytestmark = pytest.mark.e2e
+
 SLEEP = "import time; print('hello', flush=True); time.sleep(600)"
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('hello', flush=True); "

@@ -17,6 +17,8 @@ from gateway.launch.model import Model
 from gateway.launch.processes import group_alive
 from gateway.launch.stack import worker_specs
 
+pytestmark = pytest.mark.e2e
+
 LAUNCHER = '''
 import os, sys
 from dataclasses import replace

@@ -10,6 +10,8 @@ from gateway.launch.errors import LaunchError
 from gateway.launch.processes import Child, Spec, stop_all
 from gateway.launch.supervise import MAX_FAILURES, Supervisor, pause_after
 
+pytestmark = pytest.mark.e2e
+
 LIVES = "import time; print('hello', flush=True); time.sleep(600)"
 DIES = "raise SystemExit('no model here')"
 

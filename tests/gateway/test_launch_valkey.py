@@ -10,6 +10,8 @@ from gateway.launch.checks import redis_sentence
 from gateway.launch.processes import Child, wait_ready
 from gateway.launch.valkey import Valkey
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture
 def bundled(tmp_path):

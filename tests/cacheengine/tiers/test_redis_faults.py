@@ -26,6 +26,8 @@ from tests.cacheengine.tiers.kit import (
     scripted,
 )
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture
 def tier(valkey: Any) -> Iterator[RedisTier]:
