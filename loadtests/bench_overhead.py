@@ -113,13 +113,13 @@ def bench(args: argparse.Namespace) -> int:
     return finish("overhead", found, {"cairn / plain vLLM": Bar(found["ratio"], RATIO)})
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one pair: a first look")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="as for `cairn up`")
     parser.add_argument("--dtype", choices=("auto", "float32"), default="auto", help="vLLM's --dtype")
     parser.add_argument("--pairs", type=int, default=0, help="default 5, quick 1")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     return sentence_on_failure(lambda: bench(args))
 
 

@@ -27,7 +27,6 @@ from gateway.launch.config import DEFAULT_MODEL, LaunchConfig
 from gateway.launch.errors import LaunchError
 from gateway.launch.model import prepare
 from gateway.launch.processes import Child, Guard, Spec, kill_group, wait_ready
-from gateway.launch.stack import answers
 from gateway.launch.valkey import Valkey, free_port
 from gateway.launch.worker import WorkerSpec, command, environment
 from loadtests.sse import Answer, StreamFailed
@@ -40,6 +39,7 @@ BLOCK = 128  # tokens of vLLM's block on the CPU
 TIERS = ("device", "host", "disk", "redis")
 NO_DEVICE_CACHE = ("--no-enable-prefix-caching",)
 _START_SECONDS = 600.0  # the first time, vLLM compiles
+_ANSWER_SECONDS = 300.0
 _SETTLE_SECONDS = 60.0
 _METRIC_SECONDS = 5.0
 _HITS, _SAVED, _DROPPED = (
@@ -54,9 +54,8 @@ class BenchFailed(Exception):
 class Engine:
     """One running worker."""
 
-    def __init__(self, child: Child, spec: WorkerSpec) -> None:
-        self._child, self._model = child, spec.served_name
-        self.http = httpx.Client(base_url=spec.url, timeout=300, trust_env=False)
+    def __init__(self, child: Child, http: httpx.Client, model: str) -> None:
+        self._child, self.http, self._model = child, http, model
 
     def ask(self, prompt: Sequence[int], max_tokens: int = 2) -> Answer:
         """A streamed greedy completion of exactly `max_tokens`.  Raises BenchFailed."""
@@ -116,10 +115,6 @@ class Engine:
         """kill -9 the whole process group."""
         kill_group(self._child.pid)
 
-    def close(self) -> None:
-        """Hang up; the lab stops the process."""
-        self.http.close()
-
 
 class Lab:
     """Everything a bench starts, in one `with`: it is all gone afterwards, also after Ctrl-C and SIGTERM."""
@@ -172,16 +167,17 @@ class Lab:
             cache={"worker_url": f"http://127.0.0.1:{port}", **(cache or {})},
             extra=("--max-num-seqs", "8", *args),
         )  # fmt: skip
-        spec = Spec(
-            name=name,
-            argv=command(worker, connector=cache is not None),
-            log=self._log(name),
-            ready=lambda: answers(f"{worker.url}/health"),
-            env=environment(worker, without_ours(os.environ)),
-            deadline_seconds=_START_SECONDS,
-        )
-        with self._running(spec) as child, contextlib.closing(Engine(child, worker)) as engine:
-            yield engine
+        with httpx.Client(base_url=worker.url, timeout=_ANSWER_SECONDS, trust_env=False) as http:
+            spec = Spec(
+                name=name,
+                argv=command(worker, connector=cache is not None),
+                log=self._log(name),
+                ready=lambda: healthy(http),
+                env=environment(worker, without_ours(os.environ)),
+                deadline_seconds=_START_SECONDS,
+            )
+            with self._running(spec) as child:
+                yield Engine(child, http, worker.served_name)
 
     def disk(self, name: str, gib: int = 2) -> dict[str, str | int]:
         """Cache settings of a worker `name` with a folder of its own."""
@@ -232,6 +228,13 @@ def totals(exposition: str) -> dict[str, float]:
             name = " ".join(filter(None, (sample.name, sample.labels.get("tier"))))
             found[name] = found.get(name, 0.0) + sample.value
     return found
+
+
+def healthy(http: httpx.Client) -> bool:
+    try:
+        return http.get("/health", timeout=2.0).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
 
 
 def without_ours(env: Mapping[str, str]) -> dict[str, str]:

@@ -78,7 +78,7 @@ class Run:
 
     def table(self) -> Table:
         head = f"{self.ended - self.began:.0f} s, {self.tokens_per_second:.1f} tokens/s written (times in ms)"
-        table = Table(title=head, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+        table = Table(title=head, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
         table.add_column("", no_wrap=True)
         for name in ("answers", "failed", "TTFT p50/95", "ITL p50/95", "E2E p50", "prompt", "cached"):
             table.add_column(name, justify="right", no_wrap=True)

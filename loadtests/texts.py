@@ -56,14 +56,12 @@ def popular(rng: random.Random, items: Sequence[str], exponent: float = 1.1) -> 
 
 
 def slices(ids: Sequence[int], count: int, tokens: int, start: int = 0) -> list[list[int]]:
-    """`count` prompts of exactly `tokens` token ids; no two share their beginning.
+    """`count` prompts of exactly `tokens` token ids from `start` on; no two share their beginning.
 
     Raises ValueError when the text is too short for that.
     """
     if start + count * tokens > len(ids):
-        raise ValueError(
-            f"{count} prompts of {tokens} tokens need more than the manual's {len(ids):,} tokens"
-        )
+        raise ValueError(f"{count} prompts of {tokens} tokens do not fit into {len(ids) - start:,} tokens")
     return [list(ids[at : at + tokens]) for at in range(start, start + count * tokens, tokens)]
 
 

@@ -26,8 +26,8 @@ class LaunchConfig(Config):
         description="The name clients send as `model`. Empty: the directory's name, or the Hugging Face id.",
     )
     worker_count: Positive = Field(
-        1,
-        description="vLLM workers to start; each wants a core and 5 GiB. Leave it alone on a laptop.",
+        2,
+        description="vLLM workers to start; each wants a core and 5 GiB. With one, nothing is shared but Redis.",
     )
     port: Positive = Field(
         8000, description="Port of the gateway on loopback; workers use the ports that follow it."
@@ -38,6 +38,11 @@ class LaunchConfig(Config):
     redis_bytes: ByteSize = Field(
         ByteSize(1 << 30),
         description="Memory limit of the bundled Valkey, in bytes. Not used with an outside Redis.",
+    )
+    chunk_tokens: Positive = Field(
+        128,
+        description="Tokens in a chunk. 128 is one block of vLLM on the CPU, so a repeat recomputes no more "
+        "than after a hit in vLLM's own cache. Leave it alone: all workers and gateways must agree.",
     )
     host_bytes: ByteSize = Field(
         ByteSize(1 << 30), description="Host memory tier of each worker, in bytes (512MiB, 2GiB …)."

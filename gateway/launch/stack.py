@@ -193,6 +193,7 @@ def worker_specs(config: LaunchConfig, model: Model, redis_url: str) -> list[wor
         cache: dict[str, str | int] = {
             "worker_id": name,
             "worker_url": f"http://127.0.0.1:{port}",
+            "chunk_tokens": config.chunk_tokens,
             "host_bytes": int(config.host_bytes),
         }
         if config.disk_bytes:

@@ -121,7 +121,7 @@ class Worker:
         return self.metric("cairn_engine_hit_tokens_total", tier=tier)
 
     def settled(self, tier: str, chunks: int, timeout: float = 60) -> None:
-        """Wait until `chunks` more or less found their way to a lower tier: stored, or dropped and counted."""
+        """Wait until `chunks` were written to a lower tier, or dropped and counted."""
         until = time.monotonic() + timeout
         while (done := self._written(tier)) < chunks:
             assert time.monotonic() < until, f"{done} of {chunks} chunks written to {tier}"

@@ -53,7 +53,7 @@ def test_any_known_compiler_will_do():
 
 
 def test_the_disk_tier_must_fit_and_old_files_count_as_room(tmp_path):
-    wants = config(home=tmp_path, disk_bytes="1MiB")
+    wants = config(home=tmp_path, disk_bytes="1MiB", worker_count=1)
     assert "--no-disk" in checks.disk_sentence(wants, 1000)
     old = tmp_path / "disk" / "w1" / "rank0.slots"
     old.parent.mkdir(parents=True)
