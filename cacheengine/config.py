@@ -6,6 +6,7 @@ these fields.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,6 +26,7 @@ ALIASES = {
     "max_local_cpu_size": "host_bytes",
 }
 _GIB_ALIASES = {"max_local_cpu_size", "max_local_disk_size"}  # plain numbers there mean GiB
+_PLAIN_NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
 class ConfigError(ValueError):
@@ -56,9 +58,9 @@ class Config(BaseModel):
         env = os.environ if env is None else env
         path = path or env.get(CONFIG_FILE_ENV) or None
         merged = _translate(_read_yaml(Path(path)) if path else {})
-        for name in cls.model_fields:
-            if (value := env.get(ENV_PREFIX + name.upper())) is not None:
-                merged[name] = value
+        spelled = [name for name in (*cls.model_fields, *ALIASES) if ENV_PREFIX + name.upper() in env]
+        known = [name for name in spelled if ALIASES.get(name, name) in cls.model_fields]
+        merged.update(_translate({name: env[ENV_PREFIX + name.upper()] for name in known}))
         merged.update(_translate({k: v for k, v in flags.items() if v is not None}))
         for name in merged:
             if name not in cls.model_fields:
@@ -89,11 +91,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _translate(given: dict[str, Any]) -> dict[str, Any]:
-    out = {}
+    out: dict[str, Any] = {}
     for name, value in given.items():
-        if name in _GIB_ALIASES and isinstance(value, int | float):
-            value = int(value * (1 << 30))
-        out[ALIASES.get(name, name)] = value
+        ours = ALIASES.get(name, name)
+        if ours in out:
+            raise ConfigError(f"{ours} is given twice, once under another name; keep one")
+        if name in _GIB_ALIASES and _PLAIN_NUMBER.fullmatch(str(value)):
+            value = int(float(value) * (1 << 30))
+        out[ours] = value
     return out
 
 
@@ -148,11 +153,11 @@ class CacheConfig(Config):
     weights_fingerprint: str = Field(
         "",
         description="Overrides the fingerprint of the weights that goes into the namespace. "
-        "Leave it alone unless workers load equal weights from different paths.",
+        "Leave it alone unless equal weights come in different files.",
     )
     verify_loads: bool = Field(
         False,
-        description="Re-read every loaded KV page and compare its checksum with the stored one. For tests.",
+        description="Re-read every loaded KV page and compare it with what was loaded. For tests.",
     )
 
     @model_validator(mode="after")

@@ -34,7 +34,11 @@ METRICS = (
     Metric(
         "cairn_engine_probe_timeouts_total", "counter", "Redis look-ups that took too long and were a miss."
     ),
-    Metric("cairn_engine_index_dropped_total", "counter", "Index updates dropped; a re-announce heals them."),
+    Metric(
+        "cairn_engine_index_overflows_total",
+        "counter",
+        "Times the index queue overflowed; a new announcement of all chunks heals it.",
+    ),
     Metric("cairn_engine_breaker_open", "gauge", "1 while a tier's circuit breaker is open.", ("tier",)),
     Metric("cairn_engine_used_chunks", "gauge", "Chunks a tier holds.", ("tier",)),
     Metric("cairn_engine_capacity_chunks", "gauge", "Chunks a tier can hold.", ("tier",)),

@@ -2,15 +2,14 @@
 
 One batched gather per step on the engine's own thread (the pages may be reused right after it), then
 everything else on threads of ours: reads and scatters on the loaders, write-behind on one writer a tier.
-Every leg of every plan is reported, also when a tier fails or the process shuts down: a lost report would
-leak the engine's blocks.
+Every leg of every plan is reported, whatever fails: a lost report would leak the engine's blocks.
 """
 
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -68,10 +67,15 @@ class Mover:
         if not moves:
             return
         start = time.perf_counter()
-        ops.gather(self._paged, [m.blocks for m in moves], [self._arena.address(m.host) for m in moves])
+        try:
+            ops.gather(self._paged, [m.blocks for m in moves], [self._arena.address(m.host) for m in moves])
+        except (ValueError, RuntimeError):  # a bug of ours must not fail the engine's step
+            logger.exception("a gather failed; nothing of this step is kept")
+            self._report(Report(p.id, leg, 0) for p in plans for leg in (HOST, *(s.tier for s in p.spills)))
+            return
         self._measured(HOST, "gather", len(moves), time.perf_counter() - start)
+        self._report(Report(plan.id, HOST, len(plan.moves)) for plan in plans)
         for plan in plans:
-            self._report(Report(plan.id, HOST, len(plan.moves)))
             for spill in plan.spills:
                 self._enqueue(plan, spill)
 
@@ -159,13 +163,14 @@ class Mover:
     # -- write-behind ------------------------------------------------------------------------------
 
     def _enqueue(self, plan: Plan, spill: Spill) -> None:
-        waiting = self._queued[spill.tier] + len(plan.moves)
-        if waiting > self._queue_limit:
-            self._report(Report(plan.id, spill.tier, 0))
-            return
         with self._lock:
-            self._queued[spill.tier] = waiting
-        self._writers[spill.tier].submit(self._write, plan, spill)
+            room = self._queue_limit - self._queued[spill.tier] >= len(plan.moves)
+            if room:
+                self._queued[spill.tier] += len(plan.moves)
+        if room:
+            self._writers[spill.tier].submit(self._write, plan, spill)
+        else:
+            self._report([Report(plan.id, spill.tier, 0)])
 
     def _write(self, plan: Plan, spill: Spill) -> None:
         kept = 0
@@ -188,9 +193,9 @@ class Mover:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _report(self, report: Report) -> None:
+    def _report(self, reports: Iterable[Report]) -> None:
         with self._lock:
-            self._outcome.reports.append(report)
+            self._outcome.reports.extend(reports)
 
     def _measured(self, tier: str, op: Op, chunks: int, seconds: float) -> None:
         if chunks:

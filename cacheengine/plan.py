@@ -8,9 +8,27 @@ from typing import Literal, NamedTuple
 
 from cacheengine.keys import ChunkKey
 
+NO_PARENT = ChunkKey(bytes(16))  # the parent of a prompt's first chunk
 SKIP = -1  # a block the device already holds: move the others, leave this one alone
 HOST, DISK, REDIS = "host", "disk", "redis"
 GONE = "gone"  # the chunk left between lookup and load: a miss, reported like any failed read
+
+
+class Want(NamedTuple):
+    """One chunk a caller wants to load or save, with the device blocks it lives in."""
+
+    key: ChunkKey
+    parent: ChunkKey  # NO_PARENT for the first chunk of a prompt
+    root: ChunkKey
+    blocks: tuple[int, ...]
+
+
+class Change(NamedTuple):
+    """What the index should know: the chunk's tier bitmap, 0 when this worker no longer holds it."""
+
+    root: ChunkKey
+    key: ChunkKey
+    bits: int
 
 
 class Move(NamedTuple):

@@ -1,7 +1,10 @@
-"""The slots of one tier: who stands where, who leaves first, which slots are spoken for."""
+"""What the store keeps its books in: the slots of one tier, a chunk's kin, what an open plan holds."""
+
+from dataclasses import dataclass, field
 
 from cacheengine.evict import Evictor
 from cacheengine.keys import ChunkKey
+from cacheengine.plan import Want
 
 
 class Shelf:
@@ -59,3 +62,28 @@ class Shelf:
         total = self.free + len(self.at) + self.reserved
         assert total == self.slots, f"{name}: {total} of {self.slots} slots accounted for"
         assert len(set(self.at.values())) == len(self.at), f"{name}: two chunks in one slot"
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A chunk that stands on some shelf: its place in the tree of prompts, and who holds it still."""
+
+    parent: ChunkKey
+    root: ChunkKey
+    leases: int = 0
+    children: set[ChunkKey] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What an open plan has leased and reserved."""
+
+    keys: tuple[ChunkKey, ...]
+    reserved: dict[ChunkKey, int] = field(default_factory=dict)  # host slots on their way
+    source: dict[ChunkKey, str] = field(default_factory=dict)  # where a load reads from
+    family: tuple[Want, ...] = ()  # what a save brings
+    spills: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    leased: list[tuple[ChunkKey, Chunk]] = field(default_factory=list)
+    waste: list[int] = field(default_factory=list)  # host slots to give back at the end
+    suspect: ChunkKey | None = None  # the chunk whose read failed
+    legs: set[str] = field(default_factory=set)

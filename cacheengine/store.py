@@ -11,42 +11,14 @@ The index's divide-and-conquer lookup relies on this.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import count
-from typing import NamedTuple
 
 from cacheengine.evict import LRU, Evictor
 from cacheengine.keys import ChunkKey
-from cacheengine.plan import DISK, GONE, HOST, REDIS, Move, Plan, Spill
-from cacheengine.shelf import Shelf
+from cacheengine.plan import DISK, GONE, HOST, NO_PARENT, REDIS, Change, Move, Plan, Spill, Want
+from cacheengine.shelf import Chunk, Ledger, Shelf
 
-NO_PARENT = ChunkKey(bytes(16))
 TIER_BITS = {HOST: 2, DISK: 4, REDIS: 8}
-
-
-class Want(NamedTuple):
-    """One chunk a caller wants to load or save, with the device blocks it lives in."""
-
-    key: ChunkKey
-    parent: ChunkKey  # NO_PARENT for the first chunk of a prompt
-    root: ChunkKey
-    blocks: tuple[int, ...]
-
-
-class Change(NamedTuple):
-    """What the index should know: the chunk's tier bitmap, 0 when this worker no longer holds it."""
-
-    root: ChunkKey
-    key: ChunkKey
-    bits: int
-
-
-@dataclass(slots=True)
-class _Chunk:
-    parent: ChunkKey
-    root: ChunkKey
-    leases: int = 0
-    children: set[ChunkKey] = field(default_factory=set)
 
 
 class Store:
@@ -54,8 +26,8 @@ class Store:
 
     def __init__(self, slots: dict[str, int], evictor: Callable[[], Evictor] = LRU) -> None:
         self._shelves = {tier: Shelf(n, evictor()) for tier, n in slots.items()}
-        self._chunks: dict[ChunkKey, _Chunk] = {}
-        self._open: dict[int, _Ledger] = {}
+        self._chunks: dict[ChunkKey, Chunk] = {}
+        self._open: dict[int, Ledger] = {}
         self._arriving: dict[ChunkKey, int] = {}
         self._dirty: dict[ChunkKey, ChunkKey] = {}  # key → root
         self._orphans: set[ChunkKey] = set()  # out of reach, but leased: they go with their last lease
@@ -104,7 +76,7 @@ class Store:
         `remote` are keys just seen in Redis.  What has left meanwhile, or finds no host slot, becomes a
         GONE move: the ranks report it like any failed read, and the request recomputes it.
         """
-        ledger = _Ledger(tuple(w.key for w in wants))
+        ledger = Ledger(tuple(w.key for w in wants))
         self._lease(ledger, wants)
         moves = []
         for want in wants:
@@ -141,7 +113,7 @@ class Store:
         if not fresh:
             return None
         keys = tuple(want.key for want in fresh)
-        ledger = _Ledger(keys, dict(zip(keys, hosts, strict=True)), family=tuple(fresh))
+        ledger = Ledger(keys, dict(zip(keys, hosts, strict=True)), family=tuple(fresh))
         for want in fresh:
             self._arriving[want.key] = self._arriving.get(want.key, 0) + 1
         moves = tuple(Move(w.key, w.parent, w.root, s, w.blocks) for w, s in zip(fresh, hosts, strict=True))
@@ -169,8 +141,9 @@ class Store:
             for slot in ledger.waste:
                 self._shelves[HOST].release(slot)
             self._unlease(ledger)
+            self._forget_suspect(ledger)
 
-    def _settle_load(self, ledger: "_Ledger", kept: int) -> None:
+    def _settle_load(self, ledger: Ledger, kept: int) -> None:
         for i, key in enumerate(ledger.keys):
             slot = ledger.reserved.get(key)
             if slot is None:
@@ -181,10 +154,10 @@ class Store:
             else:
                 self._shelves[HOST].release(slot)
             if i == kept:  # what failed its read is not there, whatever the map says
-                self._remove(ledger.source[key], key)
+                ledger.suspect = key
         self._touch(ledger.keys[:kept])
 
-    def _settle_save(self, ledger: "_Ledger", kept: int) -> None:
+    def _settle_save(self, ledger: Ledger, kept: int) -> None:
         held = []
         for i, want in enumerate(ledger.family):
             self._landed(want.key)
@@ -196,7 +169,7 @@ class Store:
         self._lease(ledger, held)  # until the last spill is done
         self._touch([want.key for want in held])
 
-    def _settle_spill(self, ledger: "_Ledger", tier: str, kept: int) -> None:
+    def _settle_spill(self, ledger: Ledger, tier: str, kept: int) -> None:
         shelf = self._shelves[tier]
         for i, (want, slot) in enumerate(zip(ledger.family, ledger.spills[tier], strict=True)):
             if slot < 0:
@@ -284,7 +257,7 @@ class Store:
         shelf = self._shelves.get(tier)
         return shelf.at if shelf else {}
 
-    def _opened(self, plan: Plan, ledger: "_Ledger", legs: set[str]) -> Plan:
+    def _opened(self, plan: Plan, ledger: Ledger, legs: set[str]) -> Plan:
         ledger.legs = legs
         self._open[plan.id] = ledger
         return plan
@@ -294,7 +267,7 @@ class Store:
         if not self._arriving[key]:
             del self._arriving[key]
 
-    def _lease(self, ledger: "_Ledger", wants: Sequence[Want]) -> None:
+    def _lease(self, ledger: Ledger, wants: Sequence[Want]) -> None:
         """Hold these chunks, and all before them, until the ledger closes: were an ancestor evicted, the
         slots behind it would be given to others while a rank still reads them."""
         keys = [want.key for want in wants if want.key in self._chunks]
@@ -307,7 +280,7 @@ class Store:
             chunk.leases += 1
             ledger.leased.append((key, chunk))
 
-    def _unlease(self, ledger: "_Ledger") -> None:
+    def _unlease(self, ledger: Ledger) -> None:
         for key, chunk in ledger.leased:
             chunk.leases -= 1
             if self._chunks.get(key) is chunk and not chunk.leases and key in self._orphans:
@@ -316,6 +289,12 @@ class Store:
                     self._chunks[chunk.parent].children.add(key)
                 else:
                     self._drop(key)
+
+    def _forget_suspect(self, ledger: Ledger) -> None:
+        """Not while somebody else reads it: its slot must stay its own, and they will find out too."""
+        chunk = self._chunks.get(ledger.suspect) if ledger.suspect else None
+        if ledger.suspect and chunk and not chunk.leases:
+            self._remove(ledger.source[ledger.suspect], ledger.suspect)
 
     def _touch(self, keys: Sequence[ChunkKey]) -> None:
         for key in reversed(keys):  # deepest first
@@ -334,7 +313,7 @@ class Store:
             if want.parent not in self._chunks:
                 return False
             self._chunks[want.parent].children.add(want.key)
-        self._chunks[want.key] = _Chunk(want.parent, want.root)
+        self._chunks[want.key] = Chunk(want.parent, want.root)
         return True
 
     def _commit(self, tier: str, key: ChunkKey, slot: int) -> None:
@@ -383,17 +362,3 @@ class Store:
                 shelf.remove(child)
             below += grandchild.children
             del self._chunks[child]
-
-
-@dataclass(slots=True)
-class _Ledger:
-    """What an open plan has leased and reserved."""
-
-    keys: tuple[ChunkKey, ...]
-    reserved: dict[ChunkKey, int] = field(default_factory=dict)  # host slots on their way
-    source: dict[ChunkKey, str] = field(default_factory=dict)  # where a load reads from
-    family: tuple[Want, ...] = ()  # what a save brings
-    spills: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    leased: list[tuple[ChunkKey, _Chunk]] = field(default_factory=list)
-    waste: list[int] = field(default_factory=list)  # host slots to give back at the end
-    legs: set[str] = field(default_factory=set)

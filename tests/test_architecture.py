@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "cacheengine.metrics": set(),
     "cacheengine.plan": WORDS,
     "cacheengine.evict": WORDS,
-    "cacheengine.shelf": {"cacheengine.evict", *WORDS},
+    "cacheengine.shelf": {"cacheengine.evict", "cacheengine.plan", *WORDS},
     "cacheengine.store": {"cacheengine.evict", "cacheengine.plan", "cacheengine.shelf", *WORDS},
     "cacheengine.index": {*INDEX, *WORDS},
     "cacheengine.index_schema": WORDS,

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def why_not(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> str | None:
     """One sentence when this engine cannot be cached safely; None when it can."""
+    if not current_platform.is_cpu():
+        return f"moving KV on {current_platform.device_type} has not been proved on hardware yet"
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         return (

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 from cacheengine.keys import ChunkKey, KeyChain, KeyScheme
 from cacheengine.metrics import Tally
-from cacheengine.plan import DISK, HOST, REDIS, SKIP, Plan, Report
-from cacheengine.store import NO_PARENT, Store, Want
+from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS, SKIP, Plan, Report, Want
+from cacheengine.store import Store
 
-Probe = Callable[[Sequence[ChunkKey]], "Future[int] | None"]  # None: the shared tier is off or broken now
+# Leading keys Redis holds, -1 when it could not say; None: the shared tier is off or broken now.
+Probe = Callable[[Sequence[ChunkKey]], "Future[int] | None"]
 _EWMA = 0.3
 _MIN_MEASURED_TOKENS = 64
 
@@ -34,7 +35,6 @@ class Scheduled(NamedTuple):
 class _Request:
     chain: KeyChain
     prompt: int
-    born: float
     computed: int = 0
     running: bool = False
     probe: Future[int] | None = None
@@ -42,7 +42,8 @@ class _Request:
     remote: frozenset[ChunkKey] = frozenset()
     hit: int = 0  # chunks promised at the last ask
     saved: int = 0
-    patience: float = 0.0
+    patience: float = 0.0  # until when to wait for Redis
+    arrival: float = 0.0  # until when to wait for a chunk another plan is bringing
 
 
 @dataclass(slots=True)
@@ -101,7 +102,7 @@ class Planner:
 
     def begin(self, req_id: str, tokens: Sequence[int], tags: Sequence[tuple[str, str]]) -> None:
         """A new request: key it once, and ask Redis early about what is not here."""
-        request = _Request(KeyChain(self._scheme, tags), len(tokens), self._clock())
+        request = _Request(KeyChain(self._scheme, tags), len(tokens))
         request.chain.extend(tokens)
         self.tally.add("cairn_engine_lookup_tokens_total", len(tokens))
         self._totals["lookup_tokens"] += len(tokens)
@@ -249,8 +250,8 @@ class Planner:
         local = self._depth(keys, request.remote)
         now = self._clock()
         if any(self.store.arriving(key) for key in keys[: local + 1]):  # one read serves all who ask
-            request.patience = request.patience or now + self._patience
-            return now < request.patience
+            request.arrival = request.arrival or now + self._patience
+            return now < request.arrival
         if request.probe is None or local == len(keys):
             return False
         if not request.probe.done():
@@ -260,8 +261,8 @@ class Planner:
         else:
             start, found = request.probed_from, request.probe.result()
             probed = keys[start:]
-            request.remote = frozenset(probed[:found])
-            for key in probed[found : found + 1]:
+            request.remote = frozenset(probed[: max(found, 0)])
+            for key in probed[found : found + 1] if found >= 0 else ():
                 self.store.unlearn(key, REDIS)
         request.probe = None
         return False

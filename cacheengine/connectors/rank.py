@@ -34,7 +34,6 @@ class RankHalf:
         self._tiers = {tier.name: tier for tier, _ in lower}
         self._stats = {tier.name: stats for tier, stats in lower}
         self._tally = Tally()
-        self._loaded: set[str] = set()
         self._bad: set[int] = set()
         self._words: dict[Leg, tuple[int, int]] = {}
         self._timings: list[Timing] = []

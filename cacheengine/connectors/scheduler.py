@@ -1,8 +1,7 @@
 """The half of the connector that lives beside vLLM's scheduler: owns the map, plans, publishes."""
 
 import logging
-import os
-import socket
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 from cacheengine.config import CacheConfig
 from cacheengine.connectors.geometry import served_name
 from cacheengine.connectors.planner import Planner, Scheduled
-from cacheengine.connectors.tiers import disk_folder, disk_slots, host_slots, redis_tier
+from cacheengine.connectors.tiers import disk_folder, disk_slots, host_slots, redis_tier, worker_id
 from cacheengine.connectors.wire import EngineStats, RankWords, StepPlans
 from cacheengine.errors import CacheError
 from cacheengine.index_schema import Entry, WorkerInfo
@@ -20,8 +19,8 @@ from cacheengine.index_writer import IndexWriter
 from cacheengine.keys import ChunkKey, probe_keys
 from cacheengine.layout import KVLayout
 from cacheengine.metrics import Tally
-from cacheengine.plan import DISK, HOST, REDIS
-from cacheengine.store import NO_PARENT, Store
+from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS
+from cacheengine.store import Store
 from cacheengine.tier import Ref
 from cacheengine.tiers.disk import scan
 from cacheengine.tiers.wrap import Breaker
@@ -35,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 REDIS_REMEMBERED = 200_000  # chunks we remember having put there; Redis itself is asked before every load
 BUSY_SECONDS = 30.0
+MAX_PROBES = 64  # look-ups waiting at once; a prompt beyond it does without Redis
 PATIENCE_FACTOR = 2.0  # a Redis look-up may take this many deadlines before it counts as a miss
 
 
@@ -47,6 +47,7 @@ class SchedulerHalf:
         self._ranks = vllm_config.parallel_config.world_size
         self._tally = Tally()
         self._evicted: dict[str, int] = {}
+        self._overflows = 0
         self._stirred = 0.0  # when a plan was last made or reported
         slots = {HOST: host_slots(config, layout)}
         if config.disk_path:
@@ -64,7 +65,7 @@ class SchedulerHalf:
         )
         self._live: dict[str, Request] = {}
         self._refused: set[str] = set()
-        self._index = self._start_index(vllm_config) if config.redis_url else None
+        self._index = self._start_index(vllm_config)
 
     # -- a request's life --------------------------------------------------------------------------
 
@@ -130,6 +131,10 @@ class SchedulerHalf:
         for tier, total in self.store.evicted.items():
             self._tally.add("cairn_engine_evicted_chunks_total", total - self._evicted.get(tier, 0), tier)
             self._evicted[tier] = total
+        if self._index is not None:
+            overflows = self._index.stats.overflows
+            self._tally.add("cairn_engine_index_overflows_total", overflows - self._overflows)
+            self._overflows = overflows
         values = self._tally.take()
         if not values:
             return None
@@ -146,10 +151,13 @@ class SchedulerHalf:
 
     # -- the index ---------------------------------------------------------------------------------
 
-    def _start_index(self, vllm_config: "VllmConfig") -> IndexWriter:
+    def _start_index(self, vllm_config: "VllmConfig") -> IndexWriter | None:
         config, layout = self._config, self._layout
+        if not config.redis_url or not config.worker_url:
+            logger.info("not in the chunk index: redis_url and worker_url are not both set")
+            return None
         info = WorkerInfo(
-            worker_id=config.worker_id or f"{socket.gethostname()}-{os.getpid()}",
+            worker_id=worker_id(config),
             url=config.worker_url,
             model=self._served,
             model_path=vllm_config.model_config.model,
@@ -220,8 +228,11 @@ class _Remote:
     def __init__(self, config: CacheConfig, layout: KVLayout, model: str, ranks: int) -> None:
         self._tiers = [Breaker(redis_tier(config, layout, model, rank, ranks)) for rank in range(ranks)]
         self._thread = ThreadPoolExecutor(1, "cairn-probe")
+        self._room = threading.BoundedSemaphore(MAX_PROBES)
 
     def ask(self, keys: Sequence[ChunkKey]) -> "Future[int] | None":
+        if not self._room.acquire(blocking=False):
+            return None
         if any(tier.open for tier in self._tiers):
             # the breaker half-opens by being asked: do so, but let nobody wait for it
             self._thread.submit(self._prefix, keys[:1])
@@ -233,10 +244,12 @@ class _Remote:
             return min(tier.prefix([Ref(key) for key in keys]) for tier in self._tiers)
         except CacheError as exc:
             logger.warning("redis look-up: %s", exc)
-            return 0
+            return -1
         except Exception:  # the top of a thread
             logger.exception("redis look-up failed")
-            return 0
+            return -1
+        finally:
+            self._room.release()
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -253,15 +266,12 @@ def _uncacheable(request: "Request") -> str | None:
         return "multimodal prompts (token ids alone do not name their KV)"
     if request.prompt_embeds is not None:
         return "prompts given as embeddings"
+    if request.lora_request is not None:
+        return "requests for LoRA adapters (their names do not prove their weights)"
     if request.resumable:
         return "streaming-input sessions (their prompt may still change)"
     return None
 
 
 def _tags(request: "Request") -> list[tuple[str, str]]:
-    tags = []
-    if request.lora_request is not None:
-        tags.append(("lora", request.lora_request.lora_name))
-    if request.cache_salt:
-        tags.append(("salt", request.cache_salt))
-    return tags
+    return [("salt", request.cache_salt)] if request.cache_salt else []

@@ -1,7 +1,10 @@
 """From configuration and layout to tiers and their sizes: the same arithmetic in scheduler and ranks."""
 
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cacheengine.arena import PAGE
 from cacheengine.config import CacheConfig, ConfigError
@@ -35,6 +38,12 @@ def disk_folder(config: CacheConfig) -> Path:
     return Path(config.disk_path).expanduser()
 
 
+def worker_id(config: CacheConfig) -> str:
+    """The configured name; else the address, which is stable too; else this process."""
+    address = urlsplit(config.worker_url).netloc.rpartition("@")[2]
+    return config.worker_id or address or f"{socket.gethostname()}-{os.getpid()}"
+
+
 def redis_tier(config: CacheConfig, layout: KVLayout, model: str, rank: int, world: int) -> RedisTier:
     return RedisTier(
         config.redis_url,
@@ -46,9 +55,10 @@ def redis_tier(config: CacheConfig, layout: KVLayout, model: str, rank: int, wor
         layout.name,
         rank,
         world,
-        config.worker_id,
+        worker_id(config),
         config.redis_ttl_seconds,
         config.redis_timeout_ms,
+        connections=config.io_threads,
     )
 
 

@@ -161,9 +161,10 @@ def redis_sentence(url: str) -> str:
         client = redis.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0)
         with client:
             client.ping()
-    except ValueError as exc:
-        return f"REDIS_URL is not a Redis URL ({exc}); write redis://host:6379/0"
+    except ValueError:
+        return "REDIS_URL is not a Redis URL; write redis://host:6379/0 (with a password: percent-encoded)"
     except redis.RedisError as exc:
-        why = f"{type(exc).__name__}: {exc}"
-        return f"the Redis at REDIS_URL does not answer ({why}); start it or leave REDIS_URL out"
+        return (
+            f"the Redis at REDIS_URL does not answer ({type(exc).__name__}); start it or leave REDIS_URL out"
+        )
     return ""

@@ -27,7 +27,7 @@ class LaunchConfig(Config):
     )
     worker_count: Positive = Field(
         2,
-        description="vLLM workers to start; each wants a core and 5 GiB. With one, nothing is shared but Redis.",
+        description="vLLM workers to start; each wants a core and 4 GiB. One has nothing to route.",
     )
     port: Positive = Field(
         8000, description="Port of the gateway on loopback; workers use the ports that follow it."
@@ -42,7 +42,7 @@ class LaunchConfig(Config):
     chunk_tokens: Positive = Field(
         128,
         description="Tokens in a chunk. 128 is one block of vLLM on the CPU, so a repeat recomputes no more "
-        "than after a hit in vLLM's own cache. Leave it alone: all workers and gateways must agree.",
+        "than after a hit in vLLM's own cache. Leave it alone: all workers must agree.",
     )
     host_bytes: ByteSize = Field(
         ByteSize(1 << 30), description="Host memory tier of each worker, in bytes (512MiB, 2GiB …)."

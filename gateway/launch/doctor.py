@@ -153,7 +153,7 @@ def check_redis(info: Mapping[str, Any] | None, error: str) -> list[Finding]:
     elif policy == "noeviction":
         fix = "CONFIG SET maxmemory-policy allkeys-lru: a full Redis refuses new chunks otherwise"
         found.append(Finding("redis memory", "warn", f"limit {limit / GIB:.1f} GiB, noeviction", fix))
-    elif policy.startswith("allkeys-") or policy.startswith("volatile-"):
+    elif policy in ("allkeys-lru", "allkeys-lfu", "volatile-lru", "volatile-lfu"):
         found.append(Finding("redis memory", "ok", f"limit {limit / GIB:.1f} GiB, {policy}"))
     else:
         found.append(

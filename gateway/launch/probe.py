@@ -70,7 +70,7 @@ def redis_info(url: str) -> tuple[dict[str, Any] | None, str]:
         with redis.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0) as client:
             return dict(client.info()), ""
     except (redis.RedisError, ValueError) as exc:
-        return None, f"does not answer ({type(exc).__name__}: {exc})"
+        return None, f"does not answer ({type(exc).__name__})"  # the text may repeat the password
 
 
 def workers(url: str) -> list[dict[str, Any]] | None:

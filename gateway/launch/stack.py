@@ -23,7 +23,12 @@ from gateway.launch.valkey import Valkey
 _PROBE_SECONDS = 1.0
 _WORKER_DEADLINE_SECONDS = 900.0
 # Settings of the launcher itself (and a gateway's static fleet): the parts get theirs as flags.
-_OURS = {"CAIRN_CONFIG", "CAIRN_HOME", "CAIRN_MODEL", "CAIRN_PORT", "CAIRN_WORKERS", "CAIRN_WORKER_COUNT"}
+_OURS = {
+    f"CAIRN_{name}"
+    for name in ("CONFIG", "HOME", "MODEL", "PORT", "WORKERS", "WORKER_COUNT", "DISK_PATH", "WORKER_ID")
+}
+# A router that shares its cores with the workers' arithmetic answers late; seconds of prefill are at stake.
+_INDEX_DEADLINE_MS = 100.0
 
 
 class Signals:
@@ -139,6 +144,7 @@ class Stack:
             "host": "127.0.0.1",
             "port": config.port,
             "tokenizer_path": str(model.path),
+            "index_deadline_ms": _INDEX_DEADLINE_MS,
         }
         if not self._connector:  # plain vLLM does not register itself
             flags["workers"] = [f"{name}={url}" for url in worker_urls]

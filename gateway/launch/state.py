@@ -33,7 +33,7 @@ def read(root: Path) -> Stack | None:
     try:
         note = Stack(**json.loads((root / "run" / "stack.json").read_text()))
         os.kill(note.pid, 0)
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # gone, or its pid is another's
         return None
     except (ValueError, TypeError):  # another version's note
         return None

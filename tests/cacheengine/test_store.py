@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cacheengine.keys import ChunkKey, KeyScheme, Namespace
-from cacheengine.plan import DISK, GONE, HOST, REDIS, Plan
-from cacheengine.store import NO_PARENT, Store, Want
+from cacheengine.plan import DISK, GONE, HOST, NO_PARENT, REDIS, Plan, Want
+from cacheengine.store import Store
 
 SCHEME = KeyScheme(Namespace(b"n" * 16), 16)
 
@@ -210,6 +210,25 @@ def test_ten_thousand_random_steps_keep_the_books(seed):
         if leg == HOST:
             for spill in plan.spills:
                 store.settle(plan.id, spill.tier, 0)
+    store.check()
+
+
+def test_a_slot_that_somebody_else_still_reads_is_not_given_away():
+    store = Store({HOST: 1, DISK: 1})
+    save(store, TRUNK[:1])
+    store._remove(HOST, TRUNK[0].key)
+    first = store.begin_load("a", TRUNK[:1], NOTHING)
+    store.settle(first.id, "load", 0)  # its read failed, nobody else is there: forgotten
+    assert not store.holds(TRUNK[0].key)
+
+    store = Store({HOST: 4, DISK: 1})
+    save(store, TRUNK[:1])
+    store._remove(HOST, TRUNK[0].key)
+    first, second = (store.begin_load(name, TRUNK[:1], NOTHING) for name in "ab")
+    store.settle(first.id, "load", 0)
+    assert store.tier_of(TRUNK[0].key) == DISK
+    store.settle(second.id, "load", 0)
+    assert not store.holds(TRUNK[0].key)
     store.check()
 
 

@@ -211,3 +211,15 @@ def test_an_aborted_request_leaves_clean_books(when):
     rig.settle(rig.planner.step([]))
     rig.store.check()
     assert rig.planner.load()["waiting"] == 0
+
+
+def test_a_redis_that_could_not_say_is_not_a_redis_that_holds_nothing():
+    """Else one outage would bury what stands on the disk behind a chunk only Redis holds."""
+    rig = Rig(host=16, disk=16, redis=100)
+    rig.warm()
+    for tier in (HOST, DISK):  # the first chunk is only in Redis now; its followers are here
+        rig.store.unlearn(SCHEME.keys(PROMPT)[0], tier)
+    rig.planner.begin("a", PROMPT, [])
+    rig.answers[-1].set_result(-1)
+    assert rig.planner.matched("a", PROMPT, 0) == 0
+    assert rig.store.holds(SCHEME.keys(PROMPT)[3])
