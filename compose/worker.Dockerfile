@@ -21,16 +21,20 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ libnuma1 &&
 
 WORKDIR /build
 ARG PIP_INDEX_URL
-ARG TORCH_INDEX
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY requirements/stubs requirements/stubs
 COPY --from=wanted /requirements.txt .
-# the stubs and Cairn itself are built with this setuptools, the version vLLM pins
+# As requirements/install.sh: this setuptools builds the stubs and Cairn itself, and TORCH_INDEX is asked only
+# when torch is nowhere else.
 RUN --mount=type=bind,from=extra,target=/extra \
     if [ -s /extra/ca.crt ]; then export PIP_CERT=/extra/ca.crt; fi \
+    && export PIP_NO_CACHE_DIR=1 PIP_FIND_LINKS="/extra /tmp/torch" \
+    && mkdir /tmp/torch \
     && python3 -m venv /opt/cairn \
-    && pip install --no-cache-dir 'setuptools==78.1.1' \
-    && pip install --no-cache-dir --no-build-isolation --find-links /extra \
-        ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r requirements.txt
+    && pip install 'setuptools==78.1.1' \
+    && if pip download -q --no-deps -d /tmp/torch 'torch==2.13.0+cpu'; then TORCH_INDEX=; fi \
+    && pip install --no-build-isolation ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r requirements.txt \
+    && rm -r /tmp/torch
 
 COPY pyproject.toml LICENSE ./
 COPY csrc csrc

@@ -38,6 +38,8 @@ CHUNK = 256  # tokens, also told to the workers
 BLOCK = 128  # tokens of vLLM's block on the CPU
 TIERS = ("device", "host", "disk", "redis")
 NO_DEVICE_CACHE = ("--no-enable-prefix-caching",)
+# vLLM 0.32 cannot load on the CPU what it saved, and compiles anew at every start (110 s instead of 31 s)
+_FASTER_START = {"VLLM_USE_AOT_COMPILE": "0"}
 _START_SECONDS = 600.0  # the first time, vLLM compiles
 _ANSWER_SECONDS = 300.0
 _SETTLE_SECONDS = 60.0
@@ -173,7 +175,7 @@ class Lab:
                 argv=command(worker, connector=cache is not None),
                 log=self._log(name),
                 ready=lambda: healthy(http),
-                env=environment(worker, without_ours(os.environ)),
+                env=environment(worker, _FASTER_START | without_ours(os.environ)),
                 deadline_seconds=_START_SECONDS,
             )
             with self._running(spec) as child:

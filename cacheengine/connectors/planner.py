@@ -160,13 +160,14 @@ class Planner:
             done = min(request.computed // self._n, len(request.chain.keys))
             if done <= request.saved:
                 continue
-            request.saved = done
             keys, per = request.chain.keys, self._per_chunk
             wants = [self._want(keys, i, tuple(item.blocks[i * per : (i + 1) * per])) for i in range(done)]
             plan = self.store.begin_save(item.req_id, wants)
             if plan is not None:
                 self._plans[plan.id] = plan
                 plans.append(plan)
+            if all(self.store.holds(w.key) or self.store.arriving(w.key) for w in wants):
+                request.saved = done  # else the host tier was full of leased chunks: try again next step
         return plans
 
     def end(self, req_id: str) -> None:

@@ -1,6 +1,6 @@
 """Below the host tier everything may lie, stall or die: requests still succeed, with the right tokens.
 
-Host arenas of three chunks, so that every repeat of a four-chunk prompt has to come from below.  Reference
+Host arenas of five chunks, so that most of every repeat of a four-chunk prompt has to come from below.  Reference
 answers are computed by the same worker under a salt of their own, which shares nothing.
 """
 
@@ -16,7 +16,7 @@ from tests.engine.rig import Worker
 
 CHUNK = 256
 SPLIT = ("--no-enable-prefix-caching", "--max-num-batched-tokens", str(CHUNK))
-TINY = {"host_bytes": 20 << 20}
+TINY = {"host_bytes": 30 << 20}
 salts = itertools.count()
 
 

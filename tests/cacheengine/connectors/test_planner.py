@@ -110,6 +110,19 @@ def test_chunked_prefill_saves_each_chunk_once_when_it_is_complete():
     assert saved == [1, 2, 1]
 
 
+def test_a_chunk_that_found_no_room_is_saved_in_a_later_step():
+    rig = Rig(host=2, disk=16)
+    tokens = list(PROMPT)
+    rig.planner.begin("a", tokens, [])
+    table = rig.table(len(tokens) + 1)
+    (first,) = rig.planner.step([Scheduled("a", tokens, 0, len(tokens), table)])
+    assert len(first.moves) == 2
+    assert rig.planner.step([Scheduled("a", tokens, len(tokens), 1, table)]) == []  # still leased
+    rig.settle([first])
+    (second,) = rig.planner.step([Scheduled("a", tokens, len(tokens), 1, table)])
+    assert [m.key for m in second.moves] == SCHEME.keys(PROMPT)[2:4]
+
+
 def test_decoded_tokens_become_chunks_too():
     rig = Rig()
     tokens = list(PROMPT[: CHUNK - 1])
