@@ -1,7 +1,7 @@
 """Below the host tier everything may lie, stall or die: requests still succeed, with the right tokens.
 
-Host arenas of five chunks, so that most of every repeat of a four-chunk prompt has to come from below.  Reference
-answers are computed by the same worker under a salt of their own, which shares nothing.
+Host arenas of five chunks, so that most of every repeat of a four-chunk prompt has to come from below.
+Reference answers are computed by the same worker under a salt of their own, which shares nothing.
 """
 
 import itertools
