@@ -34,7 +34,7 @@ from loadtests.texts import MANUAL
 
 GIB = 1 << 30
 MAX_MODEL_LEN = 4096
-CHUNK = 256  # tokens, also told to the workers
+CHUNK = int(LaunchConfig.model_fields["chunk_tokens"].default)  # as `make up` has it
 BLOCK = 128  # tokens of vLLM's block on the CPU
 TIERS = ("device", "host", "disk", "redis")
 NO_DEVICE_CACHE = ("--no-enable-prefix-caching",)

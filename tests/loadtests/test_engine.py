@@ -12,7 +12,7 @@ def test_a_cold_prompt_came_from_nowhere():
 
 
 @pytest.mark.parametrize(
-    ("claim", "tokens"), [("host", 2816), ("disk", 2816), ("redis", 2816), ("device", 2944)]
+    ("claim", "tokens"), [("host", 2944), ("disk", 2944), ("redis", 2944), ("device", 2944)]
 )
 def test_a_warm_prompt_came_whole_from_its_tier(claim, tokens):
     assert proof(claim, {**NOTHING, claim: tokens}, 3000) == ""
@@ -22,11 +22,11 @@ def test_a_warm_prompt_came_whole_from_its_tier(claim, tokens):
 
 
 def test_a_prompt_that_came_from_two_tiers_proves_neither():
-    assert "host" in proof("disk", {**NOTHING, "disk": 2816.0, "host": 256.0}, 3000)
+    assert "host" in proof("disk", {**NOTHING, "disk": 2944.0, "host": 256.0}, 3000)
 
 
 def test_one_token_is_always_computed():
-    assert proof("host", {**NOTHING, "host": 256.0}, 512) == ""
+    assert proof("host", {**NOTHING, "host": 384.0}, 512) == ""
 
 
 def test_series_are_summed_over_all_labels_but_the_tier():
