@@ -134,7 +134,7 @@ class CacheConfig(Config):
         500, description="Deadline of one Redis operation in milliseconds; later is a miss."
     )
     io_threads: Positive = Field(
-        2, description="Threads that move chunks, placed on cores vLLM does not compute on."
+        2, description="Threads that move chunks, kept off the core of the model thread."
     )
     write_queue_chunks: Positive = Field(
         256,

@@ -5,6 +5,7 @@ everything else on threads of ours: reads and scatters on the loaders, write-beh
 Every leg of every plan is reported, whatever fails: a lost report would leak the engine's blocks.
 """
 
+import contextlib
 import logging
 import os
 import threading
@@ -85,7 +86,11 @@ class Mover:
         batches = _batches(plan.moves)
         job.open = len(batches)
         for batch in batches:
-            self._loaders.submit(self._load_batch, job, batch)
+            try:
+                self._loaders.submit(self._load_batch, job, batch)
+            except RuntimeError as exc:  # no thread to be had: a miss, and reported as one
+                logger.warning("load of plan %d cannot start: %s", plan.id, exc)
+                self._finish_batch(job, batch, 0)
 
     def poll(self) -> Outcome:
         with self._lock:
@@ -167,10 +172,14 @@ class Mover:
             room = self._queue_limit - self._queued[spill.tier] >= len(plan.moves)
             if room:
                 self._queued[spill.tier] += len(plan.moves)
-        if room:
-            self._writers[spill.tier].submit(self._write, plan, spill)
-        else:
+        if not room:
             self._report([Report(plan.id, spill.tier, 0)])
+            return
+        try:
+            self._writers[spill.tier].submit(self._write, plan, spill)
+        except RuntimeError as exc:  # no thread to be had
+            logger.warning("write-behind to %s cannot start: %s", spill.tier, exc)
+            self._wrote(plan, spill, 0)
 
     def _write(self, plan: Plan, spill: Spill) -> None:
         kept = 0
@@ -187,6 +196,9 @@ class Mover:
             logger.debug("write-behind to %s dropped: %s", spill.tier, exc)
         except Exception:  # the top of a thread
             logger.exception("write-behind to %s failed", spill.tier)
+        self._wrote(plan, spill, kept)
+
+    def _wrote(self, plan: Plan, spill: Spill, kept: int) -> None:
         with self._lock:
             self._queued[spill.tier] -= len(plan.moves)
             self._outcome.reports.append(Report(plan.id, spill.tier, kept))
@@ -233,6 +245,7 @@ def _pin_to(cores: frozenset[int]) -> Callable[[], None]:
 
     def settle() -> None:
         if cores:
-            os.sched_setaffinity(threading.get_native_id(), cores)
+            with contextlib.suppress(OSError):  # a cpuset may allow none of them; then stay where we are
+                os.sched_setaffinity(threading.get_native_id(), cores)
 
     return settle

@@ -99,12 +99,13 @@ class Store:
         fresh: list[Want] = []
         hosts: list[int] = []
         planned: set[ChunkKey] = set()
+        spare = frozenset(want.key for want in wants)  # a prompt never pushes out its own beginning
         for want in wants:
             if want.key in self._chunks or want.key in self._arriving or want.key in planned:
                 continue
             if want.parent != NO_PARENT and want.parent not in self._chunks and want.parent not in planned:
                 break  # its prefix is gone: nothing could ever reach it
-            slot = self._reserve(HOST)
+            slot = self._reserve(HOST, spare)
             if slot < 0:
                 break
             fresh.append(want)
@@ -118,7 +119,7 @@ class Store:
             self._arriving[want.key] = self._arriving.get(want.key, 0) + 1
         moves = tuple(Move(w.key, w.parent, w.root, s, w.blocks) for w, s in zip(fresh, hosts, strict=True))
         spills = tuple(
-            Spill(tier, tuple(self._reserve(tier) for _ in fresh))
+            Spill(tier, tuple(self._reserve(tier, spare) for _ in fresh))
             for tier in (DISK, REDIS)
             if tier in self._shelves
         )
@@ -155,7 +156,7 @@ class Store:
                 self._shelves[HOST].release(slot)
             if i == kept:  # what failed its read is not there, whatever the map says
                 ledger.suspect = key
-        self._touch(ledger.keys[:kept])
+        self._touch(ledger.keys[kept - 1] if kept else NO_PARENT)
 
     def _settle_save(self, ledger: Ledger, kept: int) -> None:
         held = []
@@ -167,7 +168,7 @@ class Store:
             else:
                 ledger.waste.append(ledger.reserved[want.key])  # a writer may still read from it
         self._lease(ledger, held)  # until the last spill is done
-        self._touch([want.key for want in held])
+        self._touch(held[-1].key if held else NO_PARENT)
 
     def _settle_spill(self, ledger: Ledger, tier: str, kept: int) -> None:
         shelf = self._shelves[tier]
@@ -178,7 +179,8 @@ class Store:
                 self._commit(tier, want.key, slot)
             else:
                 shelf.release(slot)
-        self._touch([want.key for want in ledger.family if want.key in shelf.at])
+        stored = [want.key for want in ledger.family if want.key in shelf.at]
+        self._touch(stored[-1] if stored else NO_PARENT)
 
     # -- other changes -----------------------------------------------------------------------------
 
@@ -221,7 +223,8 @@ class Store:
                     later += children.get(key, [])
             wave = later
         shelf.restore(taken)
-        self._touch(list(taken))
+        for key in reversed(taken):
+            shelf.evictor.touch(key)
         return len(taken)
 
     def clear(self) -> None:
@@ -296,11 +299,14 @@ class Store:
         if ledger.suspect and chunk and not chunk.leases:
             self._remove(ledger.source[ledger.suspect], ledger.suspect)
 
-    def _touch(self, keys: Sequence[ChunkKey]) -> None:
-        for key in reversed(keys):  # deepest first
+    def _touch(self, key: ChunkKey) -> None:
+        """`key` was used, and with it all before it: deepest first, so that no chunk is ever fresher than its
+        parent and a prompt is given up from its end."""
+        while (chunk := self._chunks.get(key)) is not None:
             for shelf in self._shelves.values():
                 if key in shelf.at:
                     shelf.evictor.touch(key)
+            key = chunk.parent
 
     def _mark(self, key: ChunkKey) -> None:
         self._dirty[key] = self._chunks[key].root
@@ -320,11 +326,14 @@ class Store:
         self._shelves[tier].commit(key, slot)
         self._mark(key)
 
-    def _reserve(self, tier: str) -> int:
-        """A free slot, evicting one chunk if need be; -1 when everything is leased."""
+    def _reserve(self, tier: str, spare: frozenset[ChunkKey] = frozenset()) -> int:
+        """A free slot, evicting one chunk if need be; -1 when everything is leased or to be spared."""
         shelf = self._shelves[tier]
         if not shelf.free:
-            victim = next((k for k in shelf.evictor.victims() if not self._chunks[k].leases), None)
+            chunks = self._chunks
+            victim = next(
+                (k for k in shelf.evictor.victims() if not chunks[k].leases and k not in spare), None
+            )
             if victim is not None:
                 self.evicted[tier] += 1
                 self._remove(tier, victim)

@@ -50,6 +50,11 @@ find_compiler >/dev/null || fail "no C++ compiler found; install g++ (Debian: ap
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "$python has no venv module; install it (Debian: apt-get install python3-venv)"
 
+"$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+    fail "$python has no headers, and vLLM compiles its model; install them (Debian: apt-get install python3-dev)"
+"$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+    fail "libnuma.so.1 is missing, and vLLM's CPU build loads it; install it (Debian: apt-get install libnuma1)"
+
 if [ -x .venv/bin/python ]; then
     .venv/bin/python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' ||
         fail ".venv was made by another Python; run 'make clean' first"

@@ -1,5 +1,8 @@
 """vLLM's configuration read once: the layout of a chunk, and the reasons to keep our hands off."""
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -11,8 +14,11 @@ from cacheengine.config import CacheConfig
 from cacheengine.layout import KVLayout, weights_fingerprint
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+_WHERE_FROM = {"_name_or_path", "transformers_version"}
 
 
 def why_not(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> str | None:
@@ -32,6 +38,9 @@ def why_not(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> str 
         return "pipeline parallelism is not supported yet"
     if parallel.decode_context_parallel_size > 1:
         return "decode context parallelism is not supported yet"
+    model = vllm_config.model_config
+    if not Path(model.model).is_dir() and not _commit(model):
+        return f"nothing proves which weights {model.model!r} is; serve it from a local folder"
     return None
 
 
@@ -44,18 +53,20 @@ def layout_of(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", confi
     isa = current_platform.device_type
     if current_platform.is_cpu():
         isa = _get_attn_isa(spec.dtype, spec.block_size, spec.head_size, cache.cache_dtype)
-    text = model.hf_text_config
+    text = model.hf_text_config.to_dict()
     facts = {
-        "weights": config.weights_fingerprint or weights_fingerprint(model.model, model.revision),
+        "weights": config.weights_fingerprint or weights_fingerprint(model.model, _commit(model)),
+        # as vLLM uses it, overrides included; where it came from does not matter
+        "config": json.dumps(
+            {k: v for k, v in text.items() if k not in _WHERE_FROM}, sort_keys=True, default=str
+        ),
         "model_dtype": model.dtype,
         "quantization": model.quantization,
         "cache_dtype": cache.cache_dtype,
         "heads": f"{spec.num_kv_heads}x{spec.head_size}/{spec.head_size_v}",
         "window": f"{spec.sliding_window}/{spec.attention_chunk_size}",
-        "rope": getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None),
-        "max_model_len": model.max_model_len
-        if "yarn" in str(text).lower() or "dynamic" in str(text).lower()
-        else "",
+        # some ropes scale with the length the server allows
+        "max_model_len": "" if _plain_rope(text) else model.max_model_len,
         "tensor_parallel": parallel.tensor_parallel_size,
         "backend": vllm_config.attention_config.backend,
         "vllm": vllm.__version__,
@@ -68,6 +79,19 @@ def layout_of(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", confi
         dtype=str(spec.dtype).removeprefix("torch."),
         name=f"{kv_cache_config.kv_cache_layout}/{isa}",
         facts=facts,
+    )
+
+
+def _commit(model: "ModelConfig") -> str | None:
+    return getattr(model.hf_config, "_commit_hash", None)
+
+
+def _plain_rope(text: Mapping[str, Any]) -> bool:
+    """No scaling that anything but the configuration decides."""
+    scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    return (
+        set(scaling) <= {"rope_theta", "rope_type", "type"}
+        and scaling.get("rope_type", "default") == "default"
     )
 
 

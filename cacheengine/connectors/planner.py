@@ -42,6 +42,7 @@ class _Request:
     remote: frozenset[ChunkKey] = frozenset()
     hit: int = 0  # chunks promised at the last ask
     saved: int = 0
+    barred: bool = False  # a load brought nothing: compute
     patience: float = 0.0  # until when to wait for Redis
     arrival: float = 0.0  # until when to wait for a chunk another plan is bringing
 
@@ -113,7 +114,7 @@ class Planner:
         """Tokens loadable beyond `computed` (a multiple of the block size), 0 for none, None for "ask
         again": Redis has not answered yet, or another plan is just bringing the next chunk."""
         request = self._requests.get(req_id)
-        if request is None:
+        if request is None or request.barred:
             return 0
         request.chain.extend(tokens)
         keys = request.chain.keys[: self._usable(tokens)]
@@ -160,14 +161,13 @@ class Planner:
             done = min(request.computed // self._n, len(request.chain.keys))
             if done <= request.saved:
                 continue
+            request.saved = done
             keys, per = request.chain.keys, self._per_chunk
             wants = [self._want(keys, i, tuple(item.blocks[i * per : (i + 1) * per])) for i in range(done)]
             plan = self.store.begin_save(item.req_id, wants)
             if plan is not None:
                 self._plans[plan.id] = plan
                 plans.append(plan)
-            if all(self.store.holds(w.key) or self.store.arriving(w.key) for w in wants):
-                request.saved = done  # else the host tier was full of leased chunks: try again next step
         return plans
 
     def end(self, req_id: str) -> None:
@@ -190,6 +190,8 @@ class Planner:
         self.store.settle(*report)
         lost = len(plan.moves) - report.kept
         if plan.kind == "load":
+            if not report.kept and (request := self._requests.get(plan.req_id)):
+                request.barred = True  # the engine asks again; promise nothing twice
             for move in plan.moves[: report.kept]:
                 fresh = sum(block != SKIP for block in move.blocks)
                 self.tally.add("cairn_engine_hit_tokens_total", fresh * self._block, move.tier)

@@ -141,5 +141,5 @@ def _arena(slots: int, slot_bytes: int) -> Arena:
 
 
 def spare_cores() -> frozenset[int]:
-    """Cores this machine has and vLLM's compute threads do not use; empty when there are none."""
+    """Cores of this machine other than those the calling (model) thread is bound to."""
     return frozenset(range(os.cpu_count() or 1)) - frozenset(os.sched_getaffinity(0))

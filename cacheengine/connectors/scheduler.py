@@ -117,9 +117,12 @@ class SchedulerHalf:
         self._live.pop(req_id, None)
         self.planner.end(req_id)
 
-    def clear(self) -> None:
+    def clear(self) -> bool:
+        """Forget what can be forgotten; False when some of it can come back: from a plan under way, from the
+        disk at the next start, from Redis."""
         self.store.clear()
         self._publish()
+        return set(self.store.fill()) == {HOST} and not self.store.busy
 
     @property
     def busy(self) -> bool:

@@ -131,9 +131,7 @@ class CairnConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler is not None and self._scheduler.busy
 
     def reset_cache(self) -> bool | None:
-        if self._scheduler:
-            self._scheduler.clear()
-        return True
+        return self._scheduler.clear() if self._scheduler else True
 
     # -- ranks -------------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ def memory_sentence(config: LaunchConfig, available: int | None) -> str:
         return ""
     return (
         f"{config.worker_count} worker(s) need about {needed / GIB:.0f} GiB of memory and "
-        f"{available / GIB:.1f} GiB are available; use fewer WORKERS or a smaller --host-bytes"
+        f"{available / GIB:.1f} GiB are available; use fewer WORKERS, or UP_ARGS='--host-bytes 512MiB'"
     )
 
 
@@ -144,7 +144,7 @@ def disk_sentence(config: LaunchConfig, free: int) -> str:
         return ""
     return (
         f"the disk tiers need {needed / GIB:.1f} GiB under {config.root} and {free / GIB:.1f} GiB are free; "
-        "use a smaller --disk-bytes or --no-disk"
+        "make it smaller (UP_ARGS='--disk-bytes 1GiB') or leave it out (UP_ARGS=--no-disk)"
     )
 
 

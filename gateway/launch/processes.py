@@ -15,6 +15,7 @@ from gateway.launch.errors import LaunchError
 
 LOG_BYTES = 32 << 20  # a longer log is moved aside, once
 _TAIL_BYTES = 16 << 10
+_STOP_POLL_SECONDS = 0.02
 _POLL_SECONDS = 0.05
 _KILL_SECONDS = 5.0
 
@@ -161,14 +162,15 @@ class Child:
         if self._process and self._process.poll() is None:
             self._process.terminate()
 
-    def stop(self, grace_seconds: float | None = None) -> None:
-        """Ask, wait, then kill whatever is left of its session.  Idempotent."""
+    def stop(self, grace_seconds: float | None = None, hurried: Callable[[], bool] = lambda: False) -> None:
+        """Ask, wait (until `hurried`), then kill whatever is left of its session.  Idempotent."""
         if self._process is None:
             return
         grace = self.spec.grace_seconds if grace_seconds is None else grace_seconds
         self.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=grace)
+        until = time.monotonic() + grace
+        while self._process.poll() is None and time.monotonic() < until and not hurried():
+            time.sleep(_STOP_POLL_SECONDS)
         kill_group(self._process.pid)
         self._process.wait()
         wait_until_gone(self._process.pid, _KILL_SECONDS)
@@ -214,13 +216,17 @@ def wait_until_gone(group: int, seconds: float) -> bool:
     return True
 
 
-def stop_all(children: Iterable[Child], grace_seconds: float | None = None) -> None:
+def stop_all(
+    children: Iterable[Child],
+    grace_seconds: float | None = None,
+    hurried: Callable[[], bool] = lambda: False,
+) -> None:
     """Stop several at once: all are asked first, so their graces overlap."""
     asked = list(children)
     for child in asked:
         child.terminate()
     for child in asked:
-        child.stop(grace_seconds)
+        child.stop(grace_seconds, hurried)
 
 
 def wait_ready(

@@ -183,7 +183,7 @@ class Stack:
             [child for child in self.children if child.name == "valkey"],
         ]
         for wave in waves:
-            stop_all(wave, grace)
+            stop_all(wave, grace, self.signals.impatient)
         if self._guard:
             self._guard.close()
 

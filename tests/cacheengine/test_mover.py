@@ -50,12 +50,12 @@ class Shelf(NullTier):
 
 
 class Rig:
-    def __init__(self) -> None:
+    def __init__(self, cores: frozenset[int] = frozenset()) -> None:
         self.pages = torch.randint(0, 256, (LAYERS, BLOCKS, PAGE), dtype=torch.uint8)
         self.shelf, self.arena = Shelf(), Arena(16, PAYLOAD)
         self.mover = Mover(
             Paged.of(list(self.pages)), self.arena, {DISK: self.shelf},
-            io_threads=2, write_queue_chunks=8, cores=frozenset(), verify_loads=True,
+            io_threads=2, write_queue_chunks=8, cores=cores, verify_loads=True,
         )  # fmt: skip
         self.seen = Outcome()
 
@@ -174,3 +174,11 @@ def test_closing_waits_for_what_is_under_way(rig):
     rig.mover.save([saving(1, [move(1, (3, 9))])])
     rig.mover.close()
     assert rig.shelf.held
+
+
+def test_cores_that_may_not_be_used_are_not_insisted_on():
+    rig = Rig(cores=frozenset({1_000}))
+    rig.mover.save([saving(1, [move(1, (3, 9))])])
+    rig.mover.load(Plan(2, "load", "b", (move(1, (20, 21)),)))
+    assert Report(2, "load", 1) in rig.reports(3)
+    rig.mover.close()

@@ -67,6 +67,14 @@ def test_a_full_tier_gives_up_the_tail_of_the_oldest_prompt():
     store.check()
 
 
+def test_a_prompt_saved_in_steps_is_still_given_up_from_its_end():
+    store = Store({HOST: 8})
+    for end in range(2, 9, 2):
+        save(store, TRUNK[:end])
+    save(store, OTHER[:1])
+    assert depth(store, TRUNK) == 7
+
+
 def test_a_leased_prefix_is_never_evicted_nor_is_what_it_stands_on():
     store = Store({HOST: 4})
     save(store, TRUNK[:4])

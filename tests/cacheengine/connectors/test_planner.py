@@ -110,19 +110,6 @@ def test_chunked_prefill_saves_each_chunk_once_when_it_is_complete():
     assert saved == [1, 2, 1]
 
 
-def test_a_chunk_that_found_no_room_is_saved_in_a_later_step():
-    rig = Rig(host=2, disk=16)
-    tokens = list(PROMPT)
-    rig.planner.begin("a", tokens, [])
-    table = rig.table(len(tokens) + 1)
-    (first,) = rig.planner.step([Scheduled("a", tokens, 0, len(tokens), table)])
-    assert len(first.moves) == 2
-    assert rig.planner.step([Scheduled("a", tokens, len(tokens), 1, table)]) == []  # still leased
-    rig.settle([first])
-    (second,) = rig.planner.step([Scheduled("a", tokens, len(tokens), 1, table)])
-    assert [m.key for m in second.moves] == SCHEME.keys(PROMPT)[2:4]
-
-
 def test_decoded_tokens_become_chunks_too():
     rig = Rig()
     tokens = list(PROMPT[: CHUNK - 1])
@@ -236,3 +223,32 @@ def test_a_redis_that_could_not_say_is_not_a_redis_that_holds_nothing():
     rig.answers[-1].set_result(-1)
     assert rig.planner.matched("a", PROMPT, 0) == 0
     assert rig.store.holds(SCHEME.keys(PROMPT)[3])
+
+
+def test_a_load_that_brought_nothing_is_not_promised_to_that_request_again():
+    """The engine frees the request and asks again: without this, for ever."""
+    rig = Rig()
+    rig.warm()
+    rig.planner.begin("a", PROMPT, [])
+    rig.planner.allocated("a", rig.table(len(PROMPT)), rig.planner.matched("a", PROMPT, 0))
+    rig.settle(rig.planner.step([]), kept=0)
+    assert rig.planner.matched("a", PROMPT, 0) == 0
+    rig.planner.begin("b", PROMPT, [])
+    assert rig.planner.matched("b", PROMPT, 0) == 4 * CHUNK
+
+
+def test_a_prompt_larger_than_the_tiers_keeps_its_beginning_and_decodes_in_peace():
+    rig = Rig(host=3, disk=3)
+    tokens = list(PROMPT)
+    rig.planner.begin("a", tokens, [])
+    table, saved = rig.table(len(tokens) + 64), []
+    for start in range(0, len(tokens), CHUNK):
+        new = min(CHUNK, len(tokens) - start)
+        plans = rig.planner.step([Scheduled("a", tokens, start, new, table)])
+        rig.settle(plans)
+        saved.append(sum(len(plan.moves) for plan in plans))
+    for step in range(5):
+        saved.append(len(rig.planner.step([Scheduled("a", tokens, len(tokens) + step, 1, table)])))
+    assert saved == [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
+    rig.planner.begin("b", PROMPT, [])
+    assert rig.planner.matched("b", PROMPT, 0) == 3 * CHUNK
