@@ -44,7 +44,7 @@ test: check ## check, then the tests with several processes and with a real vLLM
 	@$(BIN)/python -m pytest -q -m 'e2e or engine' --durations=8
 
 load: $(STAMP) ## 60 seconds of load on the running stack (PORT=… if not 8000)
-	@$(BIN)/locust -f loadtests/locustfile.py --headless --users 8 --spawn-rate 4 --run-time 60s --only-summary \
+	@$(BIN)/locust -f loadtests/locustfile.py --headless --users 6 --spawn-rate 2 --run-time 60s --only-summary \
 		--host http://127.0.0.1:$(or $(PORT),8000)
 
 bench: $(STAMP) ## every quick benchmark; the last line of each is JSON

@@ -98,7 +98,7 @@ def summary(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def bench(args: argparse.Namespace) -> int:
-    count = args.pairs or (1 if args.quick else 5)
+    count = args.pairs or (1 if args.quick else 8)
     with Lab(Console(stderr=True), model=args.model, dtype=args.dtype) as lab:
         prompts = slices(lab.token_ids(), (count + 1) * PROMPTS, TOKENS)
         runs = [prompts[at : at + PROMPTS] for at in range(0, len(prompts), PROMPTS)]
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one pair: a first look")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="as for `cairn up`")
     parser.add_argument("--dtype", choices=("auto", "float32"), default="auto", help="vLLM's --dtype")
-    parser.add_argument("--pairs", type=int, default=0, help="default 5, quick 1")
+    parser.add_argument("--pairs", type=int, default=0, help="default 8, quick 1")
     args = parser.parse_args(argv)
     return sentence_on_failure(lambda: bench(args))
 

@@ -66,6 +66,8 @@ def environment(spec: WorkerSpec, inherited: Mapping[str, str]) -> dict[str, str
     # on whether a connector is configured, and another core count is another rounding
     env.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "1")
     env.setdefault("VLLM_CPU_KVCACHE_SPACE", str(spec.kv_cache_gib))
+    # vLLM 0.32 stores its ahead-of-time compiled model on the CPU but cannot load it again, and compiles anew
+    env.setdefault("VLLM_USE_AOT_COMPILE", "0")
     if spec.cores:
         env.setdefault("VLLM_CPU_OMP_THREADS_BIND", spec.cores)
     if Path(spec.model).is_dir():

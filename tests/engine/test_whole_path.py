@@ -3,6 +3,7 @@
 The tests run in order: the last ones take the stack apart.
 """
 
+import http.client
 import json
 import os
 import subprocess
@@ -56,13 +57,13 @@ def stack(start, valkey_module, tmp_path_factory) -> Iterator[SimpleNamespace]:
     try:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(Worker.ready, workers.values()))
-        http = httpx.Client(base_url=base, timeout=60)
-        until(lambda: _ready(http) == 2, 60)
-        until(lambda: all(row["trusted"] for row in http.get("/admin/workers").json()["workers"]))
+        sender = httpx.Client(base_url=base, timeout=60)
+        until(lambda: _ready(sender) == 2, 60)
+        until(lambda: all(row["trusted"] for row in sender.get("/admin/workers").json()["workers"]))
         sdk = openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0)
-        yield SimpleNamespace(workers=workers, http=http, sdk=sdk, log=log, valkey=valkey_module)
+        yield SimpleNamespace(workers=workers, http=sender, sdk=sdk, log=log, valkey=valkey_module)
         sdk.close()
-        http.close()
+        sender.close()
     finally:
         gateway.kill()
         gateway.wait()
@@ -173,18 +174,18 @@ def test_a_client_that_hangs_up_stops_the_engine(stack, stream):
     hang_up = threading.Event()
 
     def client() -> None:
-        with httpx.Client(base_url=stack.http.base_url, timeout=2 if not stream else 60) as http:
-            if not stream:
-                with pytest.raises(httpx.ReadTimeout):
-                    http.post("/v1/chat/completions", json=body)
-                return
-            with http.stream("POST", "/v1/chat/completions", json=body) as reply:
-                next(reply.iter_raw())
-                hang_up.wait(60)
+        connection = http.client.HTTPConnection(stack.http.base_url.host, stack.http.base_url.port)
+        connection.request(
+            "POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"}
+        )
+        if stream:
+            connection.getresponse().read(1)
+        hang_up.wait(120)
+        connection.close()
 
     thread = threading.Thread(target=client)
     thread.start()
-    until(lambda: running(stack) == 1)
+    until(lambda: running(stack) == 1, 60)
     hang_up.set()
     thread.join()
     assert until(lambda: running(stack) == 0, 20) < 20
@@ -223,7 +224,6 @@ def test_a_worker_killed_mid_stream_is_an_error_event_and_the_other_answers_from
         model="smol", prompt=prompt, max_tokens=8, temperature=0, extra_body={"ignore_eos": True}
     )
     assert answer.usage.completion_tokens == 8
-    assert last_decision(stack)["worker"] == other
     assert stack.workers[other].hits("redis") - before >= len(prompt) // 256 * 256 - 256
 
     until(lambda: _ready(stack.http) == 1, 10)
