@@ -153,7 +153,7 @@ def show_status(url: GatewayUrl = None, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width of its own
     if rows:
         console.print(status.table(rows))
     else:
