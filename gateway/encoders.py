@@ -154,7 +154,7 @@ def load_encoder(path: Path, memo_bytes: int) -> tuple[Encoder, str]:
     try:
         tokenizer = Tokenizer.from_str(text)
         spec = json.loads(text)
-    except Exception as exc:
+    except Exception as exc:  # `tokenizers` raises nothing narrower
         raise ValueError(f"{path} is not a tokenizer: {exc}") from exc
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -236,11 +236,15 @@ class _Remote:
     def ask(self, keys: Sequence[ChunkKey]) -> "Future[int] | None":
         if not self._room.acquire(blocking=False):
             return None
-        if any(tier.open for tier in self._tiers):
-            # the breaker half-opens by being asked: do so, but let nobody wait for it
-            self._thread.submit(self._prefix, keys[:1])
+        broken = any(tier.open for tier in self._tiers)
+        try:
+            asked = self._thread.submit(self._prefix, keys[:1] if broken else keys)
+        except RuntimeError as exc:  # no thread to be had: a miss, not an error on the scheduler's thread
+            self._room.release()
+            logger.warning("redis look-up cannot start: %s", exc)
             return None
-        return self._thread.submit(self._prefix, keys)
+        # the breaker half-opens by being asked, but nobody waits for it
+        return None if broken else asked
 
     def _prefix(self, keys: Sequence[ChunkKey]) -> int:
         try:
