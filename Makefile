@@ -38,10 +38,10 @@ check: $(STAMP) ## format, lint, types, architecture and unit tests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -q -m 'not e2e and not engine'
+	@$(BIN)/python -m pytest -q --hypothesis-profile=fixed -m 'not e2e and not engine'
 
 test: check ## check, then the tests with several processes and with a real vLLM
-	@$(BIN)/python -m pytest -q -m 'e2e or engine' --durations=8
+	@$(BIN)/python -m pytest -q --hypothesis-profile=fixed -m 'e2e or engine' --durations=8
 
 load: $(STAMP) ## 60 seconds of load on the running stack (PORT=… if not 8000)
 	@$(BIN)/locust -f loadtests/locustfile.py --headless --users 6 --spawn-rate 2 --run-time 60s --only-summary \

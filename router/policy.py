@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 KAPPA = 0.005  # seconds one running request delays a first token
 DEFAULT_RATE = 1000.0  # tokens/s of a fleet nobody has measured; alike for all, so it decides nothing
 DEFAULT_BANDWIDTH = {"host": 2e9, "disk": 5e8, "shared": 3e8}  # bytes/s until the worker measured its own
+SLOWEST = 1.0  # tokens/s or bytes/s; anything below is a broken clock and counts as not measured
 SAME = 1.05  # costs within 5 % are equal
 TIERS = ("device", "host", "disk", "shared")
 
@@ -106,8 +107,8 @@ def cost(prompt: int, candidate: Candidate, rate: float) -> Choice:
         tokens = min(candidate.hit[stop - 1], prompt - loaded)
         loaded += tokens
         if tier != "device":
-            speed = candidate.bandwidth.get(tier) or DEFAULT_BANDWIDTH[tier]
-            moved += tokens * candidate.token_bytes / speed
+            speed = candidate.bandwidth.get(tier, 0)
+            moved += tokens * candidate.token_bytes / (speed if speed >= SLOWEST else DEFAULT_BANDWIDTH[tier])
         seconds = moved + (prompt - loaded) / rate
         if tokens and seconds <= best:
             best, best_stop, best_moved = seconds, stop, moved
@@ -136,9 +137,9 @@ def as_log(candidate: Candidate) -> dict[str, Any]:
 
 
 def _costs(prompt: int, candidates: Sequence[Candidate]) -> list[Choice]:
-    measured = [c.prefill_rate for c in candidates if c.prefill_rate > 0]
+    measured = [c.prefill_rate for c in candidates if c.prefill_rate >= SLOWEST]
     usual = sum(measured) / len(measured) if measured else DEFAULT_RATE
-    return [cost(prompt, c, c.prefill_rate if c.prefill_rate > 0 else usual) for c in candidates]
+    return [cost(prompt, c, c.prefill_rate if c.prefill_rate >= SLOWEST else usual) for c in candidates]
 
 
 def _bounded(choices: Sequence[Choice]) -> tuple[list[Choice], list[Choice]]:

