@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
@@ -139,6 +139,34 @@ class CacheConfig(Config):
     write_queue_chunks: Positive = Field(
         256,
         description="Chunks that may wait for the disk or Redis; beyond it writes are dropped and counted.",
+    )
+    write: Literal["auto", "behind", "idle", "on_evict"] = Field(
+        "auto",
+        description="When chunks go to the disk and Redis: behind the compute, in idle moments, or when the "
+        "host tier runs full. Chunks that were used again do not wait for idle moments. auto: idle where "
+        "the CPU computes, behind elsewhere.",
+    )
+    admit: Literal["always", "second_hit"] = Field(
+        "always",
+        description="Which chunks go to the disk and Redis: all, or those used again since they were stored. "
+        "second_hit spares a disk or a network that most prompts never read from.",
+    )
+    eviction: Literal["lru"] = Field(
+        "lru",
+        description="Who leaves a full tier first. "
+        "Leave it alone unless a replay of your own trace says otherwise (loadtests.replay_eviction).",
+    )
+    tenant_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Largest part of each tier one tenant (cache_salt) may fill; 1 is no limit.",
+    )
+    ttl_seconds: int = Field(
+        0,
+        ge=0,
+        description="Chunks unused for so many seconds leave the host and disk tiers; 0 keeps them until "
+        "room is needed. Redis has its own, redis_ttl_seconds.",
     )
     index_ttl_seconds: Positive = Field(
         1800, description="Expiry of a chunk's index entry in seconds; re-announced before that."

@@ -90,6 +90,11 @@ class KeyChain:
             self.keys.append(key)
         self._done = full
 
+    def tail(self, tokens: Sequence[int], chunks: int, length: int) -> ChunkKey:
+        """The key of a shorter chunk: `length` tokens (fewer than a full one) behind the first `chunks`."""
+        key = self.keys[chunks - 1] if chunks else self._root
+        return ChunkKey(digest(key, token_bytes(tokens[chunks * self._n : chunks * self._n + length])))
+
 
 def token_bytes(tokens: Sequence[int]) -> bytes:
     """Token ids as little-endian uint32."""

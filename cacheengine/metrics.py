@@ -20,11 +20,26 @@ METRICS = (
     Metric(
         "cairn_engine_failed_tokens_total", "counter", "Tokens promised by the map that had to be recomputed."
     ),
+    Metric(
+        "cairn_engine_declined_tokens_total",
+        "counter",
+        "Tokens a tier held that were computed because that was quicker than loading.",
+        ("tier",),
+    ),
     Metric("cairn_engine_saved_chunks_total", "counter", "Chunks stored in a tier.", ("tier",)),
     Metric(
-        "cairn_engine_dropped_chunks_total", "counter", "Write-behind chunks a tier did not keep.", ("tier",)
+        "cairn_engine_dropped_chunks_total",
+        "counter",
+        "Chunks handed to a tier that it did not keep.",
+        ("tier",),
     ),
     Metric("cairn_engine_evicted_chunks_total", "counter", "Chunks evicted to make room.", ("tier",)),
+    Metric(
+        "cairn_engine_unwritten_chunks_total",
+        "counter",
+        "Chunks that left the host tier before they were written to this one.",
+        ("tier",),
+    ),
     Metric("cairn_engine_moved_bytes_total", "counter", "Bytes moved, one rank each.", ("tier", "op")),
     Metric("cairn_engine_moved_seconds_total", "counter", "Seconds spent moving them.", ("tier", "op")),
     Metric("cairn_engine_bad_frames_total", "counter", "Stored chunks that failed verification.", ("tier",)),
@@ -39,6 +54,13 @@ METRICS = (
         "counter",
         "Times the index queue overflowed; a new announcement of all chunks heals it.",
     ),
+    Metric(
+        "cairn_engine_read_bytes_per_second",
+        "gauge",
+        "Measured speed of loads from a tier, one rank (host: into the blocks); decides load or compute.",
+        ("tier",),
+    ),
+    Metric("cairn_engine_prefill_tokens_per_second", "gauge", "Measured speed of computing."),
     Metric("cairn_engine_breaker_open", "gauge", "1 while a tier's circuit breaker is open.", ("tier",)),
     Metric("cairn_engine_used_chunks", "gauge", "Chunks a tier holds.", ("tier",)),
     Metric("cairn_engine_capacity_chunks", "gauge", "Chunks a tier can hold.", ("tier",)),

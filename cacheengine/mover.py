@@ -1,8 +1,8 @@
 """The hands of the cache: they execute Plans and make no decisions.
 
 One batched gather per step on the engine's own thread (the pages may be reused right after it), then
-everything else on threads of ours: reads and scatters on the loaders, write-behind on one writer a tier.
-Every leg of every plan is reported, whatever fails: a lost report would leak the engine's blocks.
+everything else on threads of ours: reads and scatters on the loaders, writes on one writer a tier.
+Every plan is reported, whatever fails: a lost report would leak the engine's blocks.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from cacheengine import ops
 from cacheengine.arena import Arena
 from cacheengine.errors import CacheError
-from cacheengine.plan import GONE, HOST, SKIP, Move, Op, Plan, Report, Spill, Timing
+from cacheengine.plan import GONE, HOST, SKIP, Move, Op, Plan, Report, Timing
 from cacheengine.tier import Ref, Tier
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ class Mover:
         tiers: Mapping[str, Tier],
         *,
         io_threads: int,
-        write_queue_chunks: int,
         cores: frozenset[int],
         verify_loads: bool = False,
     ) -> None:
@@ -54,8 +53,6 @@ class Mover:
         self._verify = Arena(1, arena.slot_bytes) if verify_loads else None
         self._lock = threading.Lock()
         self._outcome = Outcome()
-        self._queued = dict.fromkeys(tiers, 0)
-        self._queue_limit = write_queue_chunks
         settle_on = _pin_to(cores)
         self._loaders = ThreadPoolExecutor(io_threads, "cairn-load", settle_on)
         self._writers = {name: ThreadPoolExecutor(1, f"cairn-write-{name}", settle_on) for name in tiers}
@@ -63,7 +60,7 @@ class Mover:
     # -- called by the engine's thread -------------------------------------------------------------
 
     def save(self, plans: Sequence[Plan]) -> None:
-        """Gather every chunk of these plans now; hand the write-behind to the writers."""
+        """Gather every chunk of these plans, now."""
         moves = [move for plan in plans for move in plan.moves]
         if not moves:
             return
@@ -72,13 +69,19 @@ class Mover:
             ops.gather(self._paged, [m.blocks for m in moves], [self._arena.address(m.host) for m in moves])
         except (ValueError, RuntimeError):  # a bug of ours must not fail the engine's step
             logger.exception("a gather failed; nothing of this step is kept")
-            self._report(Report(p.id, leg, 0) for p in plans for leg in (HOST, *(s.tier for s in p.spills)))
+            self._report(Report(plan.id, 0) for plan in plans)
             return
-        self._measured(HOST, "gather", len(moves), time.perf_counter() - start)
-        self._report(Report(plan.id, HOST, len(plan.moves)) for plan in plans)
-        for plan in plans:
-            for spill in plan.spills:
-                self._enqueue(plan, spill)
+        self._measured(HOST, "gather", moves, time.perf_counter() - start)
+        self._report(Report(plan.id, len(plan.moves)) for plan in plans)
+
+    def demote(self, plan: Plan) -> None:
+        """Start writing a plan's chunks from their host slots to the tier below.  The caller bounds how many
+        are under way."""
+        try:
+            self._writers[plan.moves[0].tier].submit(self._write, plan)
+        except RuntimeError as exc:  # no thread to be had
+            logger.warning("writing plan %d cannot start: %s", plan.id, exc)
+            self._report([Report(plan.id, 0)])
 
     def load(self, plan: Plan) -> None:
         """Start bringing a plan's chunks into its blocks; poll() tells when it is over."""
@@ -127,10 +130,8 @@ class Mover:
         if tier == GONE:
             return 0
         start = time.perf_counter()
-        got = self._tiers[tier].read(
-            [_ref(m, m.slot) for m in moves], [self._arena.view(m.host) for m in moves]
-        )
-        self._measured(tier, "read", got, time.perf_counter() - start)
+        got = self._tiers[tier].read([_ref(m) for m in moves], [self._view(m) for m in moves])
+        self._measured(tier, "read", moves[:got], time.perf_counter() - start)
         return got
 
     def _scatter(self, moves: Sequence[Move]) -> None:
@@ -138,7 +139,7 @@ class Mover:
             return
         start = time.perf_counter()
         ops.scatter(self._paged, [m.blocks for m in moves], [self._arena.address(m.host) for m in moves])
-        self._measured(HOST, "scatter", len(moves), time.perf_counter() - start)
+        self._measured(HOST, "scatter", moves, time.perf_counter() - start)
         if self._verify is not None:
             self._check_pages(moves, self._verify)
 
@@ -147,7 +148,8 @@ class Mover:
         for move in (m for m in moves if SKIP not in m.blocks):
             with self._lock:  # one scratch slot for all loaders
                 ops.gather(self._paged, [move.blocks], [scratch.address(0)])
-                same = scratch.view(0) == self._arena.view(move.host)
+                size = self._bytes(move)
+                same = scratch.view(0)[:size] == self._view(move)
                 self._outcome.verify_failures += not same
             if not same:
                 raise CacheError(f"pages of chunk {move.key.hex()} differ from what was loaded")
@@ -162,46 +164,22 @@ class Mover:
             kept = job.ok.index(False) if False in job.ok else len(job.ok)
             lost = job.plan.moves[kept:]
             self._outcome.bad_blocks.update(block for m in lost for block in m.blocks if block != SKIP)
-            self._outcome.reports.append(Report(job.plan.id, "load", kept))
+            self._outcome.reports.append(Report(job.plan.id, kept))
             self._outcome.loaded.add(job.plan.req_id)
 
-    # -- write-behind ------------------------------------------------------------------------------
+    # -- writing below -----------------------------------------------------------------------------
 
-    def _enqueue(self, plan: Plan, spill: Spill) -> None:
-        with self._lock:
-            room = self._queue_limit - self._queued[spill.tier] >= len(plan.moves)
-            if room:
-                self._queued[spill.tier] += len(plan.moves)
-        if not room:
-            self._report([Report(plan.id, spill.tier, 0)])
-            return
+    def _write(self, plan: Plan) -> None:
+        moves, tier, kept = plan.moves, plan.moves[0].tier, 0
+        start = time.perf_counter()
         try:
-            self._writers[spill.tier].submit(self._write, plan, spill)
-        except RuntimeError as exc:  # no thread to be had
-            logger.warning("write-behind to %s cannot start: %s", spill.tier, exc)
-            self._wrote(plan, spill, 0)
-
-    def _write(self, plan: Plan, spill: Spill) -> None:
-        kept = 0
-        try:
-            moves = [m for m, slot in zip(plan.moves, spill.slots, strict=True) if slot >= 0]
-            whole = len(moves) if -1 not in spill.slots else spill.slots.index(-1)
-            start = time.perf_counter()
-            kept = self._tiers[spill.tier].write(
-                [_ref(m, slot) for m, slot in zip(moves[:whole], spill.slots, strict=False)],
-                [self._arena.view(m.host) for m in moves[:whole]],
-            )
-            self._measured(spill.tier, "write", kept, time.perf_counter() - start)
+            kept = self._tiers[tier].write([_ref(m) for m in moves], [self._view(m) for m in moves])
+            self._measured(tier, "write", moves[:kept], time.perf_counter() - start)
         except CacheError as exc:
-            logger.debug("write-behind to %s dropped: %s", spill.tier, exc)
+            logger.debug("writing to %s failed: %s", tier, exc)
         except Exception:  # the top of a thread
-            logger.exception("write-behind to %s failed", spill.tier)
-        self._wrote(plan, spill, kept)
-
-    def _wrote(self, plan: Plan, spill: Spill, kept: int) -> None:
-        with self._lock:
-            self._queued[spill.tier] -= len(plan.moves)
-            self._outcome.reports.append(Report(plan.id, spill.tier, kept))
+            logger.exception("writing to %s failed", tier)
+        self._report([Report(plan.id, kept)])
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -209,9 +187,16 @@ class Mover:
         with self._lock:
             self._outcome.reports.extend(reports)
 
-    def _measured(self, tier: str, op: Op, chunks: int, seconds: float) -> None:
-        if chunks:
-            timing = Timing(tier, op, chunks * self._arena.slot_bytes, seconds)
+    def _bytes(self, move: Move) -> int:
+        return self._paged.chunk_bytes(move.size)
+
+    def _view(self, move: Move) -> memoryview:
+        """What a move's chunk fills of its host slot: a tail is shorter than the slot."""
+        return self._arena.view(move.host)[: self._bytes(move)]
+
+    def _measured(self, tier: str, op: Op, moves: Sequence[Move], seconds: float) -> None:
+        if moves:
+            timing = Timing(tier, op, sum(map(self._bytes, moves)), seconds)
             with self._lock:
                 self._outcome.timings.append(timing)
 
@@ -236,8 +221,8 @@ def _batches(moves: Sequence[Move]) -> list[range]:
     return batches
 
 
-def _ref(move: Move, slot: int) -> Ref:
-    return Ref(move.key, slot, move.parent, move.root)
+def _ref(move: Move) -> Ref:
+    return Ref(move.key, move.slot, move.parent, move.root)
 
 
 def _pin_to(cores: frozenset[int]) -> Callable[[], None]:

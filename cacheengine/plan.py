@@ -15,12 +15,17 @@ GONE = "gone"  # the chunk left between lookup and load: a miss, reported like a
 
 
 class Want(NamedTuple):
-    """One chunk a caller wants to load or save, with the device blocks it lives in."""
+    """One chunk a caller wants to load or save, with the device blocks it lives in.
+
+    `size` is its length in blocks: a full chunk, or fewer for a prompt's ragged tail.  `tenant` is whose
+    quota it counts against (the prompt's cache_salt)."""
 
     key: ChunkKey
     parent: ChunkKey  # NO_PARENT for the first chunk of a prompt
     root: ChunkKey
-    blocks: tuple[int, ...]
+    size: int
+    blocks: tuple[int, ...] = ()
+    tenant: str = ""
 
 
 class Change(NamedTuple):
@@ -32,40 +37,37 @@ class Change(NamedTuple):
 
 
 class Move(NamedTuple):
-    """One chunk between its host slot and the paged blocks, by way of `tier` where it comes from below."""
+    """One chunk between its host slot and the paged blocks (none in a demote plan), by way of `slot` of
+    `tier` where it comes from below or goes there."""
 
     key: ChunkKey
     parent: ChunkKey
     root: ChunkKey
+    size: int  # blocks
     host: int
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...] = ()
     tier: str = HOST
     slot: int = -1
 
 
-class Spill(NamedTuple):
-    """Write-behind: after a save, copy the plan's chunks to `tier`, chunk i into `slots[i]`."""
-
-    tier: str
-    slots: tuple[int, ...]
+Kind = Literal["load", "save", "demote"]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A list of moves.  Every plan is reported back, also after an error: a lost one would leak blocks."""
+    """A list of moves: tiers → blocks, blocks → host, or host → one lower tier.  Every plan is reported
+    back, also after an error: a lost one would leak blocks."""
 
     id: int
-    kind: Literal["load", "save"]
-    req_id: str
+    kind: Kind
     moves: tuple[Move, ...]
-    spills: tuple[Spill, ...] = ()
+    req_id: str = ""  # "" where no request waits for it
 
 
 class Report(NamedTuple):
-    """A rank's word on one leg of a plan: how many leading chunks of it are truly where they should be."""
+    """A rank's word on a plan: how many of its leading chunks are truly where they should be."""
 
     plan: int
-    leg: str  # "load", "host", or the tier of a spill
     kept: int
 
 

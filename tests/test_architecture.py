@@ -22,7 +22,10 @@ MAY_IMPORT = {
     "cacheengine.plan": WORDS,
     "cacheengine.evict": WORDS,
     "cacheengine.shelf": {"cacheengine.evict", "cacheengine.plan", *WORDS},
-    "cacheengine.store": {"cacheengine.evict", "cacheengine.plan", "cacheengine.shelf", *WORDS},
+    "cacheengine.holdings": {"cacheengine.evict", "cacheengine.plan", "cacheengine.shelf", *WORDS},
+    "cacheengine.store": {
+        "cacheengine.evict", "cacheengine.holdings", "cacheengine.plan", "cacheengine.shelf", *WORDS,
+    },
     "cacheengine.index": {*INDEX, *WORDS},
     "cacheengine.index_schema": WORDS,
     "cacheengine.index_reader": {*INDEX, *WORDS},
@@ -39,8 +42,9 @@ MAY_IMPORT = {
     "gateway.launch": {"gateway.launch", "cacheengine.build", *WORDS},
     "gateway.launch.serve": {"gateway.app", "gateway.config", "gateway.launch", *WORDS},
 }  # fmt: skip
-# The plan said 9,400, without the launcher (`make up`, `cairn status` and `doctor`: 1,900 lines).
-MAX_LINES = {"file": 400, "function": 60, "product": 10_500}
+# The plan said 9,400, without the launcher (`make up`, `cairn status` and `doctor`: 1,900 lines).  Then came
+# codecs, Sentinel and Cluster, eviction policies, tails, quotas and the commands that look into the cache.
+MAX_LINES = {"file": 400, "function": 60, "product": 13_500}
 MAY_USE = {
     "torch": ("cacheengine.ops", "cacheengine.connectors", "gateway.launch.convert"),
     "vllm": ("cacheengine.connectors",),

@@ -10,15 +10,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cacheengine.connectors.demoter import Demoter
+from cacheengine.connectors.rates import Rates
 from cacheengine.keys import ChunkKey, KeyChain, KeyScheme
 from cacheengine.metrics import Tally
-from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS, SKIP, Plan, Report, Want
+from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS, SKIP, Plan, Want
 from cacheengine.store import Store
 
 # Leading keys Redis holds, -1 when it could not say; None: the shared tier is off or broken now.
 Probe = Callable[[Sequence[ChunkKey]], "Future[int] | None"]
-_EWMA = 0.3
-_MIN_MEASURED_TOKENS = 64
 
 
 class Scheduled(NamedTuple):
@@ -31,17 +31,39 @@ class Scheduled(NamedTuple):
     blocks: Sequence[int]
 
 
+class Geometry(NamedTuple):
+    """Sizes of one worker: a chunk in tokens and in bytes of one rank, a block in tokens, how many ranks."""
+
+    chunk_tokens: int
+    chunk_bytes: int
+    block_tokens: int
+    ranks: int
+
+
+class _Piece(NamedTuple):
+    """The chunk a promise ends with, of which only `used` of its `size` blocks are wanted: a tail, or a full
+    chunk that the prompt's end leaves no room for."""
+
+    key: ChunkKey
+    size: int
+    used: int
+
+
 @dataclass(slots=True)
 class _Request:
     chain: KeyChain
     prompt: int
+    tenant: str
     computed: int = 0
     running: bool = False
     probe: Future[int] | None = None
-    probed_from: int = 0
+    probed: Sequence[ChunkKey] = ()
     remote: frozenset[ChunkKey] = frozenset()
-    hit: int = 0  # chunks promised at the last ask
+    hit: int = 0  # full chunks promised at the last ask
+    end: _Piece | None = None  # and what follows them
+    declined: dict[str, int] = field(default_factory=dict)  # tokens by tier that are quicker computed
     saved: int = 0
+    tail_saved: bool = False
     barred: bool = False  # a load brought nothing: compute
     patience: float = 0.0  # until when to wait for Redis
     arrival: float = 0.0  # until when to wait for a chunk another plan is bringing
@@ -49,53 +71,34 @@ class _Request:
 
 @dataclass(slots=True)
 class _Words:
-    """What the ranks have said of one leg so far."""
+    """What the ranks have said of a plan so far."""
 
     ranks: int = 0
     kept: int = 1 << 60
 
 
-@dataclass(slots=True)
-class Rates:
-    """Moving averages the router turns into seconds."""
-
-    prefill: float = 0.0  # tokens/s
-    read: dict[str, float] = field(default_factory=dict)  # tier → bytes/s
-
-    def observe_prefill(self, tokens: int, seconds: float) -> None:
-        if tokens >= _MIN_MEASURED_TOKENS and seconds > 0:
-            self.prefill = _blend(self.prefill, tokens / seconds)
-
-    def observe_read(self, tier: str, size: int, seconds: float) -> None:
-        if size and seconds > 0:
-            self.read[tier] = _blend(self.read.get(tier, 0.0), size / seconds)
-
-
-def _blend(old: float, new: float) -> float:
-    return new if not old else old + _EWMA * (new - old)
-
-
 class Planner:
-    """`ranks` is how many words a leg needs before it counts."""
+    """REQUIRES the block size to divide the chunk size."""
 
     def __init__(
         self,
         scheme: KeyScheme,
+        geometry: Geometry,
         store: Store,
-        block_tokens: int,
-        ranks: int,
+        demoter: Demoter,
         probe: Probe,
         patience_seconds: float,
         tally: Tally,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.store, self.tally, self.rates = store, tally, Rates()
-        self._scheme, self._n = scheme, scheme.chunk_tokens
-        self._block, self._per_chunk = block_tokens, scheme.chunk_tokens // block_tokens
-        self._ranks, self._probe, self._patience, self._clock = ranks, probe, patience_seconds, clock
+        self.store, self.tally, self.rates = store, tally, Rates(clock)
+        self._scheme, self._geometry, self._demoter = scheme, geometry, demoter
+        self._n, self._block = geometry.chunk_tokens, geometry.block_tokens
+        self._per_chunk = self._n // self._block
+        self._probe, self._patience, self._clock = probe, patience_seconds, clock
         self._requests: dict[str, _Request] = {}
         self._plans: dict[int, Plan] = {}
-        self._words: dict[tuple[int, str], _Words] = {}
+        self._words: dict[int, _Words] = {}
         self._loads: list[Plan] = []
         self._totals = {"lookup_tokens": 0.0, **{f"hit_tokens_{tier}": 0.0 for tier in (HOST, DISK, REDIS)}}
 
@@ -103,12 +106,12 @@ class Planner:
 
     def begin(self, req_id: str, tokens: Sequence[int], tags: Sequence[tuple[str, str]]) -> None:
         """A new request: key it once, and ask Redis early about what is not here."""
-        request = _Request(KeyChain(self._scheme, tags), len(tokens))
+        request = _Request(KeyChain(self._scheme, tags), len(tokens), dict(tags).get("salt", ""))
         request.chain.extend(tokens)
         self.tally.add("cairn_engine_lookup_tokens_total", len(tokens))
         self._totals["lookup_tokens"] += len(tokens)
         self._requests[req_id] = request
-        self._ask(request, self._usable(tokens))
+        self._ask(request, tokens)
 
     def matched(self, req_id: str, tokens: Sequence[int], computed: int) -> int | None:
         """Tokens loadable beyond `computed` (a multiple of the block size), 0 for none, None for "ask
@@ -117,93 +120,135 @@ class Planner:
         if request is None or request.barred:
             return 0
         request.chain.extend(tokens)
-        keys = request.chain.keys[: self._usable(tokens)]
-        if computed >= len(keys) * self._n:
-            request.hit = 0
+        usable = self._usable(tokens)
+        keys = request.chain.keys[: usable // self._per_chunk]
+        if computed >= usable * self._block:
             return 0
-        if self._must_wait(request, keys):
+        held = self.store.depth(keys, request.remote)
+        if self._must_wait(request, keys, held):
             return None
-        request.hit = self._depth(keys, request.remote)
-        external = request.hit * self._n - computed
-        return max(0, external)
+        if request.remote:
+            held = self.store.depth(keys, request.remote)
+        request.hit = self._worth(request, keys, held, computed // self._n)
+        request.end = self._ending(request, tokens, usable) if request.hit == held else None
+        return max(0, self._promised(request) - computed)
 
     def allocated(self, req_id: str, blocks: Sequence[int], external: int) -> None:
         """The engine gave the request blocks; load what was promised into them."""
         request = self._requests.get(req_id)
         if request is None or external <= 0:
             return
-        start = request.hit * self._n - external
-        first, skip = start // self._n, start % self._n // self._block
-        keys, per = request.chain.keys, self._per_chunk
-        wants = []
-        for i in range(first, request.hit):
-            ids = tuple(blocks[i * per : (i + 1) * per])
-            if i == first and skip:
-                ids = (SKIP,) * skip + ids[skip:]
-            wants.append(self._want(keys, i, ids))
-        seen = [self._want(keys, i, ()) for i in range(request.hit)]
-        self.store.learn([w for w in seen if w.key in request.remote], REDIS)
+        per, keys, end = self._per_chunk, request.chain.keys, request.end
+        first = (self._promised(request) - external) // self._block  # the device holds the blocks before it
+        wants = [
+            self._want(request, i, _but(blocks[i * per : (i + 1) * per], first - i * per))
+            for i in range(first // per, request.hit)
+        ]
+        if end is not None:
+            ids = _but(blocks[request.hit * per : request.hit * per + end.used], first - request.hit * per)
+            ids += (SKIP,) * (end.size - end.used)
+            wants.append(self._tail(request, request.hit, end.key, ids))
+        seen = [self._want(request, i, ()) for i in range(request.hit) if keys[i] in request.remote]
+        self.store.learn(seen, REDIS)
         plan = self.store.begin_load(req_id, wants, request.remote)
         request.probe, request.remote = None, frozenset()
-        request.computed = request.hit * self._n
+        request.computed = self._promised(request)
         self._plans[plan.id] = plan
         self._loads.append(plan)
 
     def step(self, scheduled: Sequence[Scheduled]) -> list[Plan]:
-        """The plans of the step about to run: loads just promised, chunks it completes."""
+        """The plans of the step about to run: loads just promised, chunks it completes, and what is to be
+        written below."""
         plans, self._loads = self._loads, []
         for item in scheduled:
             request = self._requests.get(item.req_id)
-            if request is None:
-                continue
-            request.running, request.computed = True, item.computed + item.new
-            request.chain.extend(item.tokens)
-            done = min(request.computed // self._n, len(request.chain.keys))
-            if done <= request.saved:
-                continue
-            request.saved = done
-            keys, per = request.chain.keys, self._per_chunk
-            wants = [self._want(keys, i, tuple(item.blocks[i * per : (i + 1) * per])) for i in range(done)]
-            plan = self.store.begin_save(item.req_id, wants)
-            if plan is not None:
-                self._plans[plan.id] = plan
+            if request is not None and (plan := self._advance(request, item)):
                 plans.append(plan)
-        return plans
+        below = self._demoter.plans(idle=not scheduled)
+        for plan in (*plans, *below):
+            self._plans[plan.id] = plan
+        return plans + below
+
+    def _advance(self, request: _Request, item: Scheduled) -> Plan | None:
+        """Save what this step completes."""
+        per, store = self._per_chunk, self.store
+        request.chain.extend(item.tokens)
+        if not request.running:
+            self._starts(request)
+        request.computed = item.computed + item.new
+        keys = request.chain.keys
+        done = min(request.computed // self._n, len(keys))
+        wants = [
+            self._want(request, i, tuple(item.blocks[i * per : (i + 1) * per]))
+            for i in range(request.saved, done)
+        ]
+        full, rest = divmod(request.prompt // self._block, per)
+        if request.computed >= request.prompt and not request.tail_saved:
+            request.tail_saved = True
+            if rest:
+                key = request.chain.tail(item.tokens, full, rest * self._block)
+                ids = tuple(item.blocks[full * per : full * per + rest])
+                wants.append(self._tail(request, full, key, ids))
+        if not wants:
+            return None
+        plan = store.begin_save(item.req_id, wants, spare=set(keys))
+        while request.saved < done and (
+            store.holds(keys[request.saved]) or store.expected(keys[request.saved])
+        ):
+            request.saved += 1
+        return plan
+
+    def _starts(self, request: _Request) -> None:
+        """First time a request runs: what it uses has proved useful."""
+        request.running = True
+        held = self.store.depth(request.chain.keys)
+        if request.end is not None and request.hit == held:
+            self.store.use(request.end.key)
+        elif held:
+            self.store.use(request.chain.keys[held - 1])
+        for tier, tokens in request.declined.items():
+            self.tally.add("cairn_engine_declined_tokens_total", tokens, tier)
 
     def end(self, req_id: str) -> None:
         self._requests.pop(req_id, None)
 
     # -- reports -----------------------------------------------------------------------------------
 
-    def report(self, words: dict[tuple[int, str], tuple[int, int]]) -> None:
-        """(plan, leg) → (ranks that spoke, least kept).  A leg settles when every rank has spoken."""
-        for (plan_id, leg), (ranks, kept) in sorted(words.items(), key=lambda item: item[0][1] != HOST):
-            heard = self._words.setdefault((plan_id, leg), _Words())
+    def report(self, words: dict[int, tuple[int, int]]) -> None:
+        """plan → (ranks that spoke, least kept).  A plan settles when every rank has spoken."""
+        for plan_id, (ranks, kept) in words.items():
+            heard = self._words.setdefault(plan_id, _Words())
             heard.ranks += ranks
             heard.kept = min(heard.kept, kept)
-            if heard.ranks >= self._ranks:
-                del self._words[plan_id, leg]
-                self._settle(Report(plan_id, leg, heard.kept))
+            if heard.ranks >= self._geometry.ranks:
+                del self._words[plan_id]
+                self._settle(self._plans.pop(plan_id), heard.kept)
 
-    def _settle(self, report: Report) -> None:
-        plan = self._plans[report.plan]
-        self.store.settle(*report)
-        lost = len(plan.moves) - report.kept
+    def _settle(self, plan: Plan, kept: int) -> None:
+        self.store.settle(plan.id, kept)
         if plan.kind == "load":
-            if not report.kept and (request := self._requests.get(plan.req_id)):
+            if not kept and (request := self._requests.get(plan.req_id)):
                 request.barred = True  # the engine asks again; promise nothing twice
-            for move in plan.moves[: report.kept]:
-                fresh = sum(block != SKIP for block in move.blocks)
-                self.tally.add("cairn_engine_hit_tokens_total", fresh * self._block, move.tier)
-                self._totals[f"hit_tokens_{move.tier}"] += fresh * self._block
-            self.tally.add("cairn_engine_failed_tokens_total", lost * self._n)
-        else:
-            self.tally.add("cairn_engine_saved_chunks_total", report.kept, report.leg)
-            self.tally.add("cairn_engine_dropped_chunks_total", lost, report.leg)
-        if not self.store.is_open(plan.id):
-            del self._plans[plan.id]
+            for i, move in enumerate(plan.moves):
+                fresh = sum(block != SKIP for block in move.blocks) * self._block
+                if i < kept:
+                    self.tally.add("cairn_engine_hit_tokens_total", fresh, move.tier)
+                    self._totals[f"hit_tokens_{move.tier}"] += fresh
+                else:
+                    self.tally.add("cairn_engine_failed_tokens_total", fresh)
+            return
+        tier = plan.moves[0].tier
+        self.tally.add("cairn_engine_saved_chunks_total", kept, tier)
+        self.tally.add("cairn_engine_dropped_chunks_total", len(plan.moves) - kept, tier)
+        if plan.kind == "demote":
+            self._demoter.settled(plan)
 
     # -- load, for the router ----------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Reports are out, or there is something to write in an idle step."""
+        return self.store.busy or self._demoter.pending
 
     def load(self) -> dict[str, float]:
         requests = list(self._requests.values())
@@ -231,41 +276,94 @@ class Planner:
     # -- inside ------------------------------------------------------------------------------------
 
     def _usable(self, tokens: Sequence[int]) -> int:
-        """Chunks that may be loaded: at least one token is left to compute, for its logits."""
-        return (len(tokens) - 1) // self._n
+        """Blocks that may be loaded: at least one token is left to compute, for its logits."""
+        return (len(tokens) - 1) // self._block
 
-    def _want(self, keys: Sequence[ChunkKey], i: int, blocks: tuple[int, ...]) -> Want:
-        return Want(keys[i], keys[i - 1] if i else NO_PARENT, keys[0], blocks)
+    def _promised(self, request: _Request) -> int:
+        used = request.end.used if request.end else 0
+        return (request.hit * self._per_chunk + used) * self._block
 
-    def _depth(self, keys: Sequence[ChunkKey], remote: frozenset[ChunkKey]) -> int:
-        here = self.store.tier_of
-        return next((i for i, key in enumerate(keys) if not here(key) and key not in remote), len(keys))
+    def _want(self, request: _Request, i: int, blocks: tuple[int, ...]) -> Want:
+        keys = request.chain.keys
+        parent = keys[i - 1] if i else NO_PARENT
+        return Want(keys[i], parent, keys[0], self._per_chunk, blocks, request.tenant)
 
-    def _ask(self, request: _Request, usable: int) -> None:
+    def _tail(self, request: _Request, i: int, key: ChunkKey, blocks: tuple[int, ...]) -> Want:
+        """The chunk behind the first `i`, which need not be a full one."""
+        keys = request.chain.keys
+        parent, root = (keys[i - 1], keys[0]) if i else (NO_PARENT, key)
+        return Want(key, parent, root, len(blocks), blocks, request.tenant)
+
+    def _ending(self, request: _Request, tokens: Sequence[int], usable: int) -> _Piece | None:
+        """What is here of the chunk behind the promised ones: a full one the prompt fills to its very end,
+        else the longest tail somebody left."""
+        at, per, keys = request.hit, self._per_chunk, request.chain.keys
+        room = usable - at * per
+        if 0 < room < per and at < len(keys) and self._here(request, keys[at]):
+            return _Piece(keys[at], per, room)
+        for size in range(min(per - 1, len(tokens) // self._block - at * per), 0, -1):
+            key = request.chain.tail(tokens, at, size * self._block)
+            if self._here(request, key):
+                return _Piece(key, size, min(size, room)) if room > 0 else None
+        return None
+
+    def _here(self, request: _Request, key: ChunkKey) -> bool:
+        return self.store.tier_of(key) is not None or key in request.remote
+
+    def _worth(self, request: _Request, keys: Sequence[ChunkKey], held: int, first: int) -> int:
+        """How many of the `held` leading chunks to load.  A prefix is loaded from the front and can stop
+        anywhere: where a tier is slower than computing, it stops before it, unless what lies behind is worth
+        the detour."""
+        request.declined = {}
+        size = self._geometry.chunk_bytes
+        gains = {tier: self.rates.gain(tier, size, self._n) for tier in (HOST, DISK, REDIS)}
+        if min(gains.values()) >= 0:
+            return held
+        tiers = [self.store.tier_of(key) or REDIS for key in keys[first:held]]
+        balance = best = 0.0
+        stop = first
+        for i, tier in enumerate(tiers, first + 1):
+            balance += gains[tier]
+            if balance >= best:
+                best, stop = balance, i
+        for tier in tiers[stop - first :]:
+            request.declined[tier] = request.declined.get(tier, 0) + self._n
+        return stop
+
+    def _ask(self, request: _Request, tokens: Sequence[int]) -> None:
         """Start a Redis look-up for what follows the local prefix."""
-        keys = request.chain.keys[:usable]
-        start = self._depth(keys, frozenset())
-        if start < len(keys):
-            request.probe, request.probed_from = self._probe(keys[start:]), start
+        usable, per = self._usable(tokens), self._per_chunk
+        keys = request.chain.keys[: usable // per]
+        start = self.store.depth(keys)
+        asked = keys[start:]
+        blocks = len(tokens) // self._block
+        if usable % per and blocks % per:
+            asked.append(request.chain.tail(tokens, usable // per, blocks % per * self._block))
+        if asked and (probe := self._probe(asked)):
+            request.probe, request.probed = probe, asked
             request.patience = self._clock() + self._patience
 
-    def _must_wait(self, request: _Request, keys: Sequence[ChunkKey]) -> bool:
-        local = self._depth(keys, request.remote)
+    def _must_wait(self, request: _Request, keys: Sequence[ChunkKey], held: int) -> bool:
         now = self._clock()
-        if any(self.store.arriving(key) for key in keys[: local + 1]):  # one read serves all who ask
+        if any(map(self.store.arriving, keys[: held + 1])):  # one read serves all who ask
             request.arrival = request.arrival or now + self._patience
             return now < request.arrival
-        if request.probe is None or local == len(keys):
+        if request.probe is None or (keys and held == len(keys)):  # a tail is not worth waiting for
             return False
         if not request.probe.done():
             if now < request.patience:
                 return True
             self.tally.add("cairn_engine_probe_timeouts_total", 1)
         else:
-            start, found = request.probed_from, request.probe.result()
-            probed = keys[start:]
-            request.remote = frozenset(probed[: max(found, 0)])
-            for key in probed[found : found + 1] if found >= 0 else ():
+            found = request.probe.result()
+            request.remote = frozenset(request.probed[: max(found, 0)])
+            for key in request.probed[found : found + 1] if found >= 0 else ():
                 self.store.unlearn(key, REDIS)
         request.probe = None
         return False
+
+
+def _but(blocks: Sequence[int], held: int) -> tuple[int, ...]:
+    """These blocks without the first `held`, which the device has."""
+    held = max(0, held)
+    return (SKIP,) * min(held, len(blocks)) + tuple(blocks[held:])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cacheengine.arena import Arena
 from cacheengine.config import CacheConfig, ConfigError
 from cacheengine.connectors.tiers import host_slots, lower_tiers
-from cacheengine.connectors.wire import EngineStats, Leg, RankWords
+from cacheengine.connectors.wire import EngineStats, RankWords
 from cacheengine.errors import LayoutMismatch
 from cacheengine.layout import KVLayout
 from cacheengine.metrics import Tally
@@ -35,7 +35,7 @@ class RankHalf:
         self._stats = {tier.name: stats for tier, stats in lower}
         self._tally = Tally()
         self._bad: set[int] = set()
-        self._words: dict[Leg, tuple[int, int]] = {}
+        self._words: dict[int, tuple[int, int]] = {}
         self._timings: list[Timing] = []
         self._prefill: list[tuple[int, float]] = []
         self._step_began = 0.0
@@ -58,7 +58,6 @@ class RankHalf:
             arena,
             self._tiers,
             io_threads=self._config.io_threads,
-            write_queue_chunks=self._config.write_queue_chunks,
             cores=spare_cores(),
             verify_loads=self._config.verify_loads,
         )
@@ -82,6 +81,8 @@ class RankHalf:
             for plan in plans:
                 if plan.kind == "load":
                     self._mover.load(plan)
+                elif plan.kind == "demote":
+                    self._mover.demote(plan)
 
     def save(self, plans: list[Plan]) -> None:
         if self._mover is not None:
@@ -95,7 +96,7 @@ class RankHalf:
         self._bad |= outcome.bad_blocks
         self._timings += outcome.timings
         for report in outcome.reports:
-            self._words[report.plan, report.leg] = (1, report.kept)
+            self._words[report.plan] = (1, report.kept)
         for timing in outcome.timings:
             self._tally.add("cairn_engine_moved_bytes_total", timing.bytes, timing.tier, timing.op)
             self._tally.add("cairn_engine_moved_seconds_total", timing.seconds, timing.tier, timing.op)

@@ -9,17 +9,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from cacheengine.config import CacheConfig
+from cacheengine.connectors.demoter import Demoter
 from cacheengine.connectors.geometry import served_name
-from cacheengine.connectors.planner import Planner, Scheduled
-from cacheengine.connectors.tiers import disk_folder, disk_slots, host_slots, redis_tier, worker_id
+from cacheengine.connectors.planner import Geometry, Planner, Scheduled
+from cacheengine.connectors.tiers import (
+    disk_folder,
+    disk_slots,
+    host_slots,
+    redis_tier,
+    worker_id,
+    write_mode,
+)
 from cacheengine.connectors.wire import EngineStats, RankWords, StepPlans
 from cacheengine.errors import CacheError
+from cacheengine.evict import EVICTORS
 from cacheengine.index_schema import Entry, WorkerInfo
 from cacheengine.index_writer import IndexWriter
 from cacheengine.keys import ChunkKey, probe_keys
 from cacheengine.layout import KVLayout
 from cacheengine.metrics import Tally
-from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS
+from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS, Want
 from cacheengine.store import Store
 from cacheengine.tier import Ref
 from cacheengine.tiers.disk import scan
@@ -46,7 +55,7 @@ class SchedulerHalf:
         self._served = served_name(vllm_config)
         self._ranks = vllm_config.parallel_config.world_size
         self._tally = Tally()
-        self._evicted: dict[str, int] = {}
+        self._counted: dict[tuple[str, str], int] = {}
         self._overflows = 0
         self._stirred = 0.0  # when a plan was last made or reported
         slots = {HOST: host_slots(config, layout)}
@@ -54,15 +63,16 @@ class SchedulerHalf:
             slots[DISK] = disk_slots(config, layout)
         if config.redis_url:
             slots[REDIS] = REDIS_REMEMBERED
-        self.store = Store(slots)
+        self._lock = threading.Lock()  # whoever asks the store or changes it holds this
+        self.store = Store(slots, layout.blocks_per_chunk, EVICTORS[config.eviction], config.tenant_share)
         if config.disk_path:
             self._restore_disk()
         self._remote = _Remote(config, layout, self._served, self._ranks) if config.redis_url else None
         patience = PATIENCE_FACTOR * config.redis_timeout_ms / 1000
         probe = self._remote.ask if self._remote else _nobody
-        self.planner = Planner(
-            layout.scheme, self.store, layout.block_tokens, self._ranks, probe, patience, self._tally
-        )
+        geometry = Geometry(layout.chunk_tokens, layout.payload_bytes, layout.block_tokens, self._ranks)
+        demoter = Demoter(self.store, write_mode(config), config.admit, config.write_queue_chunks)
+        self.planner = Planner(layout.scheme, geometry, self.store, demoter, probe, patience, self._tally)
         self._live: dict[str, Request] = {}
         self._refused: set[str] = set()
         self._index = self._start_index(vllm_config)
@@ -77,13 +87,16 @@ class SchedulerHalf:
                 self._refused.add(reason)
             return
         self._live[request.request_id] = request
-        self.planner.begin(request.request_id, request.all_token_ids, _tags(request))
+        with self._lock:
+            self.planner.begin(request.request_id, request.all_token_ids, _tags(request))
 
     def matched(self, request: "Request", computed: int) -> int | None:
-        return self.planner.matched(request.request_id, request.all_token_ids, computed)
+        with self._lock:
+            return self.planner.matched(request.request_id, request.all_token_ids, computed)
 
     def allocated(self, request: "Request", blocks: Sequence[int], external: int) -> None:
-        self.planner.allocated(request.request_id, blocks, external)
+        with self._lock:
+            self.planner.allocated(request.request_id, blocks, external)
 
     def plans(self, output: "SchedulerOutput") -> StepPlans:
         """What the step about to run should load and save."""
@@ -97,8 +110,11 @@ class SchedulerHalf:
             blocks = state.get_block_ids(req_id) if state is not None and request is not None else None
             if request is not None and blocks is not None:
                 scheduled.append(Scheduled(req_id, request.all_token_ids, computed[req_id], new, blocks[0]))
-        plans = self.planner.step(scheduled)
-        self._publish()
+        with self._lock:
+            plans = self.planner.step(scheduled)
+            if self._config.ttl_seconds:
+                self.store.expire(time.monotonic() - self._config.ttl_seconds)
+            self._publish()
         self._stirred = time.monotonic() if plans else self._stirred
         return StepPlans(plans, sum(item.new for item in scheduled if item.new > 1))
 
@@ -109,31 +125,35 @@ class SchedulerHalf:
                 self.planner.rates.observe_read(tier, timing.bytes, timing.seconds)
         for tokens, seconds in words.prefill:
             self.planner.rates.observe_prefill(tokens, seconds)
-        self.planner.report(words.words)
-        self._publish()
+        with self._lock:
+            self.planner.report(words.words)
+            self._publish()
         self._stirred = time.monotonic() if words.words else self._stirred
 
     def end(self, req_id: str) -> None:
         self._live.pop(req_id, None)
-        self.planner.end(req_id)
+        with self._lock:
+            self.planner.end(req_id)
 
     def clear(self) -> bool:
         """Forget what can be forgotten; False when some of it can come back: from a plan under way, from the
         disk at the next start, from Redis."""
-        self.store.clear()
-        self._publish()
-        return set(self.store.fill()) == {HOST} and not self.store.busy
+        with self._lock:
+            self.store.clear()
+            self._publish()
+            return set(self.store.fill()) == {HOST} and not self.store.busy
 
     @property
     def busy(self) -> bool:
         """Reports are still out: keep the engine stepping so that they are heard.  Not for ever: a medium
         that hangs in the kernel would keep an idle engine spinning."""
-        return self.store.busy and time.monotonic() - self._stirred < BUSY_SECONDS
+        return self.planner.busy and time.monotonic() - self._stirred < BUSY_SECONDS
 
     def stats(self) -> EngineStats | None:
-        for tier, total in self.store.evicted.items():
-            self._tally.add("cairn_engine_evicted_chunks_total", total - self._evicted.get(tier, 0), tier)
-            self._evicted[tier] = total
+        for (what, tier), total in self.store.lost().items():
+            since = total - self._counted.get((what, tier), 0)
+            self._tally.add(f"cairn_engine_{what}_chunks_total", since, tier)
+            self._counted[what, tier] = total
         if self._index is not None:
             overflows = self._index.stats.overflows
             self._tally.add("cairn_engine_index_overflows_total", overflows - self._overflows)
@@ -141,6 +161,9 @@ class SchedulerHalf:
         values = self._tally.take()
         if not values:
             return None
+        for tier, rate in self.planner.rates.read.items():
+            values["cairn_engine_read_bytes_per_second", (tier,)] = rate
+        values["cairn_engine_prefill_tokens_per_second", ()] = self.planner.rates.prefill
         for tier, (used, capacity) in self.store.fill().items():
             values["cairn_engine_used_chunks", (tier,)] = used
             values["cairn_engine_capacity_chunks", (tier,)] = capacity
@@ -206,7 +229,7 @@ class SchedulerHalf:
     def _restore_disk(self) -> None:
         """A restart is warm: take in every chunk that all ranks hold in the same slot."""
         config, layout = self._config, self._layout
-        found: dict[int, tuple[ChunkKey, ChunkKey, ChunkKey]] = {}
+        found: dict[int, Want] = {}
         for rank in range(self._ranks):
             headers = scan(
                 disk_folder(config),
@@ -217,7 +240,12 @@ class SchedulerHalf:
                 self._ranks,
             )
             here = {
-                slot: (info.key, ChunkKey(info.parent) if info.parent else NO_PARENT, ChunkKey(info.root))
+                slot: Want(
+                    info.key,
+                    ChunkKey(info.parent) if info.parent else NO_PARENT,
+                    ChunkKey(info.root),
+                    info.tokens // layout.block_tokens,
+                )
                 for slot, info in headers.items()
             }
             found = here if rank == 0 else {s: v for s, v in found.items() if here.get(s) == v}

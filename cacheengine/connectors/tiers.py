@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from vllm.platforms import current_platform
+
 from cacheengine.arena import PAGE
 from cacheengine.config import CacheConfig, ConfigError
+from cacheengine.connectors.demoter import Write
 from cacheengine.layout import KVLayout
 from cacheengine.tiers.disk import DiskTier, slots_in
 from cacheengine.tiers.redis import RedisTier
@@ -32,6 +35,13 @@ def disk_slots(config: CacheConfig, layout: KVLayout) -> int:
             f"disk_bytes={int(config.disk_bytes)} holds no chunk of {layout.payload_bytes} bytes; raise it"
         )
     return slots
+
+
+def write_mode(config: CacheConfig) -> Write:
+    """Writing beside the compute is free where a GPU computes."""
+    if config.write != "auto":
+        return config.write
+    return "idle" if current_platform.is_cpu() else "behind"
 
 
 def disk_folder(config: CacheConfig) -> Path:

@@ -10,8 +10,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from cacheengine.metrics import METRICS, Series, merge
 from cacheengine.plan import Plan, Timing
 
-Leg = tuple[int, str]  # plan id, leg
-
 
 @dataclass
 class StepPlans(KVConnectorMetadata):
@@ -23,17 +21,17 @@ class StepPlans(KVConnectorMetadata):
 
 @dataclass
 class RankWords(KVConnectorWorkerMetadata):
-    """Ranks → scheduler: per leg, how many ranks spoke and the least of what they kept."""
+    """Ranks → scheduler: by plan, how many ranks spoke and the least of what they kept."""
 
-    words: dict[Leg, tuple[int, int]] = field(default_factory=dict)
+    words: dict[int, tuple[int, int]] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
     prefill: list[tuple[int, float]] = field(default_factory=list)  # tokens and seconds of a step
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "RankWords":
         assert isinstance(other, RankWords)
-        for leg, (ranks, kept) in other.words.items():
-            mine = self.words.get(leg, (0, kept))
-            self.words[leg] = (mine[0] + ranks, min(mine[1], kept))
+        for plan, (ranks, kept) in other.words.items():
+            mine = self.words.get(plan, (0, kept))
+            self.words[plan] = (mine[0] + ranks, min(mine[1], kept))
         return self  # timings of one rank are enough: ranks do equal work
 
 

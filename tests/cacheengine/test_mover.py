@@ -1,4 +1,4 @@
-"""The hands: every plan is carried out to the byte, and every leg is reported, whatever the tiers do."""
+"""The hands: every plan is carried out to the byte, and every plan is reported, whatever the tiers do."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ from cacheengine.errors import TierDown
 from cacheengine.keys import ChunkKey
 from cacheengine.mover import Mover, Outcome
 from cacheengine.ops import Paged
-from cacheengine.plan import DISK, GONE, HOST, SKIP, Move, Plan, Report, Spill
+from cacheengine.plan import DISK, GONE, HOST, SKIP, Move, Plan, Report
 from cacheengine.tier import NullTier, Ref
 
 LAYERS, BLOCKS, PAGE = 3, 40, 512
@@ -55,7 +55,7 @@ class Rig:
         self.shelf, self.arena = Shelf(), Arena(16, PAYLOAD)
         self.mover = Mover(
             Paged.of(list(self.pages)), self.arena, {DISK: self.shelf},
-            io_threads=2, write_queue_chunks=8, cores=cores, verify_loads=True,
+            io_threads=2, cores=cores, verify_loads=True,
         )  # fmt: skip
         self.seen = Outcome()
 
@@ -87,38 +87,53 @@ def key(n: int) -> ChunkKey:
 
 
 def move(n: int, blocks: tuple[int, ...], tier: str = HOST) -> Move:
-    return Move(key(n), key(n - 1), key(0), host=n, blocks=blocks, tier=tier, slot=n)
+    return Move(key(n), key(n - 1), key(0), len(blocks), host=n, blocks=blocks, tier=tier, slot=n)
 
 
-def saving(plan_id: int, moves: Sequence[Move], slots: Sequence[int] | None = None) -> Plan:
-    spill = Spill(DISK, tuple(slots if slots is not None else (m.host for m in moves)))
-    return Plan(plan_id, "save", "r", tuple(moves), (spill,))
+def saving(plan_id: int, *moves: Move) -> Plan:
+    return Plan(plan_id, "save", moves)
+
+
+def writing(plan_id: int, *moves: Move) -> Plan:
+    return Plan(plan_id, "demote", tuple(move._replace(blocks=(), tier=DISK) for move in moves))
 
 
 def test_what_was_saved_is_what_is_loaded_elsewhere(rig):
-    rig.mover.save([saving(1, [move(1, (3, 9)), move(2, (0, 7))])])
-    assert sorted(rig.reports(2)) == [Report(1, DISK, 2), Report(1, HOST, 2)]
-    rig.mover.load(Plan(2, "load", "b", (move(1, (20, 21)), move(2, (22, 23)))))
-    assert rig.reports(3)[-1] == Report(2, "load", 2)
+    rig.mover.save([saving(1, move(1, (3, 9)), move(2, (0, 7)))])
+    assert rig.reports(1) == [Report(1, 2)]
+    rig.mover.load(Plan(2, "load", (move(1, (20, 21)), move(2, (22, 23))), "b"))
+    assert rig.reports(2)[-1] == Report(2, 2)
     assert rig.seen.loaded == {"b"}
     assert torch.equal(rig.pages[:, [20, 21, 22, 23]], rig.pages[:, [3, 9, 0, 7]])
     assert (rig.seen.bad_blocks, rig.seen.verify_failures) == (set(), 0)
 
 
-def test_a_chunk_from_disk_lands_in_its_host_slot_and_in_its_blocks(rig):
-    rig.mover.save([saving(1, [move(1, (3, 9))])])
+def test_a_tail_is_moved_in_its_own_length(rig):
+    rig.mover.save([saving(1, move(1, (3, 9)), move(2, (5,)))])
+    rig.mover.demote(writing(2, move(2, (5,))))
     rig.reports(2)
-    rig.mover.load(Plan(2, "load", "b", (move(1, (20, 21), DISK)._replace(host=5),)))
+    assert len(rig.shelf.held[key(2)]) == PAYLOAD // 2
+    rig.mover.load(Plan(3, "load", (move(1, (20, 21)), move(2, (22,), DISK)._replace(host=6)), "b"))
+    assert rig.reports(3)[-1] == Report(3, 2)
+    assert torch.equal(rig.pages[:, [20, 21, 22]], rig.pages[:, [3, 9, 5]])
+    assert rig.seen.verify_failures == 0
+
+
+def test_a_chunk_from_disk_lands_in_its_host_slot_and_in_its_blocks(rig):
+    rig.mover.save([saving(1, move(1, (3, 9)))])
+    rig.mover.demote(writing(2, move(1, (3, 9))))
+    assert rig.reports(2)[-1] == Report(2, 1)
+    rig.mover.load(Plan(3, "load", (move(1, (20, 21), DISK)._replace(host=5),), "b"))
     rig.reports(3)
     assert bytes(rig.arena.view(5)) == rig.shelf.held[key(1)]
     assert torch.equal(rig.pages[:, [20, 21]], rig.pages[:, [3, 9]])
 
 
 def test_blocks_the_device_has_are_left_alone(rig):
-    rig.mover.save([saving(1, [move(1, (3, 9))])])
+    rig.mover.save([saving(1, move(1, (3, 9)))])
     before = rig.pages.clone()
-    rig.mover.load(Plan(2, "load", "b", (move(1, (SKIP, 21)),)))
-    rig.reports(3)
+    rig.mover.load(Plan(2, "load", (move(1, (SKIP, 21)),), "b"))
+    rig.reports(2)
     assert torch.equal(rig.pages[:, 21], before[:, 9])
     before[:, 21] = rig.pages[:, 21]
     assert torch.equal(rig.pages, before)
@@ -133,52 +148,36 @@ def test_trouble_ends_the_prefix_and_names_every_block_behind_it(rig, trouble, k
         rig.shelf.down = True
     if trouble == "gone":
         moves[5] = moves[5]._replace(tier=GONE)
-    rig.mover.load(Plan(1, "load", "b", tuple(moves)))
-    assert rig.reports(1) == [Report(1, "load", kept)]
+    rig.mover.load(Plan(1, "load", tuple(moves), "b"))
+    assert rig.reports(1) == [Report(1, kept)]
     assert rig.seen.bad_blocks == {block for m in moves[kept:] for block in m.blocks}
     assert rig.seen.loaded == {"b"}
 
 
 def test_a_tier_that_is_down_keeps_nothing_and_says_so(rig):
     rig.shelf.down = True
-    rig.mover.save([saving(1, [move(1, (3, 9))])])
-    assert sorted(rig.reports(2)) == [Report(1, DISK, 0), Report(1, HOST, 1)]
-
-
-def test_a_full_write_queue_drops_instead_of_waiting(rig):
-    rig.shelf.gate.clear()
-    for n in range(1, 5):
-        rig.mover.save([saving(n, [move(3 * n - 2 + i, (i, i + 10)) for i in range(3)])])
-    reports = rig.reports(4 + 2)  # four gathers, and two plans that found the queue full
-    assert [r for r in reports if r.leg == DISK] == [Report(3, DISK, 0), Report(4, DISK, 0)]
-    rig.shelf.gate.set()
-    assert {r for r in rig.reports(8) if r.leg == DISK and r.kept} == {Report(1, DISK, 3), Report(2, DISK, 3)}
-
-
-def test_a_chunk_without_a_slot_below_ends_what_is_written(rig):
-    rig.mover.save([saving(1, [move(n, (2 * n, 2 * n + 1)) for n in (1, 2, 3)], slots=(1, -1, 3))])
-    assert Report(1, DISK, 1) in rig.reports(2)
-    assert set(rig.shelf.held) == {key(1)}
+    rig.mover.demote(writing(1, move(1, (3, 9))))
+    assert rig.reports(1) == [Report(1, 0)]
 
 
 def test_a_page_that_differs_after_the_load_is_a_failed_load(rig):
     """All layers at one address: each overwrites the one before, as a wrong layout would."""
     rig.mover._paged = replace(rig.mover._paged, bases=(rig.mover._paged.bases[0],) * LAYERS)
     rig.arena.view(1)[:] = bytes(n % 251 for n in range(PAYLOAD))
-    rig.mover.load(Plan(1, "load", "b", (move(1, (20, 21)),)))
-    assert rig.reports(1) == [Report(1, "load", 0)]
+    rig.mover.load(Plan(1, "load", (move(1, (20, 21)),), "b"))
+    assert rig.reports(1) == [Report(1, 0)]
     assert (rig.seen.verify_failures, rig.seen.bad_blocks) == (1, {20, 21})
 
 
 def test_closing_waits_for_what_is_under_way(rig):
-    rig.mover.save([saving(1, [move(1, (3, 9))])])
+    rig.mover.demote(writing(1, move(1, (3, 9))))
     rig.mover.close()
     assert rig.shelf.held
 
 
 def test_cores_that_may_not_be_used_are_not_insisted_on():
     rig = Rig(cores=frozenset({1_000}))
-    rig.mover.save([saving(1, [move(1, (3, 9))])])
-    rig.mover.load(Plan(2, "load", "b", (move(1, (20, 21)),)))
-    assert Report(2, "load", 1) in rig.reports(3)
+    rig.mover.save([saving(1, move(1, (3, 9)))])
+    rig.mover.load(Plan(2, "load", (move(1, (20, 21)),), "b"))
+    assert Report(2, 1) in rig.reports(2)
     rig.mover.close()

@@ -1,6 +1,7 @@
 """The map's promises: two phases, leases, prefix closure, honest books."""
 
 import random
+import time
 
 import pytest
 from hypothesis import settings
@@ -14,9 +15,9 @@ from cacheengine.store import Store
 SCHEME = KeyScheme(Namespace(b"n" * 16), 16)
 
 
-def chain(tokens: list[int]) -> list[Want]:
+def chain(tokens: list[int], tenant: str = "") -> list[Want]:
     keys = SCHEME.keys(tokens)
-    return [Want(k, keys[i - 1] if i else NO_PARENT, keys[0], (i,)) for i, k in enumerate(keys)]
+    return [Want(k, keys[i - 1] if i else NO_PARENT, keys[0], 1, (i,), tenant) for i, k in enumerate(keys)]
 
 
 TRUNK = chain(list(range(16 * 8)))
@@ -25,24 +26,34 @@ OTHER = chain([9] * 16 * 8)
 NOTHING: frozenset[ChunkKey] = frozenset()
 
 
-def save(store: Store, wants: list[Want], host: int | None = None, **spills: int) -> Plan:
-    plan = store.begin_save("r", wants)
+def save(store: Store, wants: list[Want], kept: int | None = None) -> Plan:
+    """Store what is not here yet, and write all of it to the tiers below."""
+    plan = store.begin_save("r", wants, spare={want.key for want in wants})
     assert plan is not None
-    store.settle(plan.id, HOST, len(plan.moves) if host is None else host)
-    for spill in plan.spills:
-        store.settle(plan.id, spill.tier, spills.get(spill.tier, len(plan.moves)))
+    store.settle(plan.id, len(plan.moves) if kept is None else kept)
+    for tier in store.lower:
+        while below := store.begin_demote(tier, 100):
+            store.settle(below.id, len(below.moves))
     return plan
 
 
 def depth(store: Store, wants: list[Want]) -> int:
-    return next((i for i, w in enumerate(wants) if store.tier_of(w.key) is None), len(wants))
+    return store.depth([want.key for want in wants])
+
+
+def bits(store: Store, want: Want) -> int:
+    return {change.key: change.bits for change in store.inventory()}.get(want.key, 0)
+
+
+def drop_from_host(store: Store, want: Want) -> None:
+    store.unlearn(want.key, HOST)
 
 
 def test_nothing_is_found_before_it_is_settled():
     store = Store({HOST: 8})
     plan = store.begin_save("r", TRUNK[:3])
     assert depth(store, TRUNK) == 0
-    store.settle(plan.id, HOST, 3)
+    store.settle(plan.id, 3)
     assert depth(store, TRUNK) == 3
     store.check()
 
@@ -50,10 +61,10 @@ def test_nothing_is_found_before_it_is_settled():
 def test_a_save_that_failed_leaves_no_trace():
     store = Store({HOST: 8, DISK: 8})
     plan = store.begin_save("r", TRUNK[:3])
-    store.settle(plan.id, HOST, 1)
-    store.settle(plan.id, DISK, 0)
+    store.settle(plan.id, 1)
+    store.settle(store.begin_demote(DISK, 9).id, 0)
     assert depth(store, TRUNK) == 1
-    assert store.bits(TRUNK[0].key) == 2
+    assert bits(store, TRUNK[0]) == 2
     store.check()
 
 
@@ -80,18 +91,55 @@ def test_a_leased_prefix_is_never_evicted_nor_is_what_it_stands_on():
     save(store, TRUNK[:4])
     plan = store.begin_load("r", TRUNK[2:4], NOTHING)  # the device holds the first two
     assert store.begin_save("s", OTHER[:2]) is None
-    store.settle(plan.id, "load", 2)
+    store.settle(plan.id, 2)
     assert save(store, OTHER[:2]).moves
     store.check()
 
 
-def test_what_write_behind_still_reads_is_not_given_away():
+def test_what_is_being_written_below_is_not_given_away():
     store = Store({HOST: 2, DISK: 8})
     plan = store.begin_save("r", TRUNK[:2])
-    store.settle(plan.id, HOST, 2)
+    store.settle(plan.id, 2)
+    below = store.begin_demote(DISK, 2)
+    assert [move.key for move in below.moves] == [want.key for want in TRUNK[:2]]
     assert store.begin_save("s", OTHER[:1]) is None
-    store.settle(plan.id, DISK, 2)
+    store.settle(below.id, 2)
     assert store.begin_save("s", OTHER[:1]) is not None
+
+
+def test_a_prefix_is_written_below_from_its_front_and_once():
+    store = Store({HOST: 8, DISK: 8})
+    plan = store.begin_save("r", TRUNK[:5])
+    store.settle(plan.id, 5)
+    first, second = store.begin_demote(DISK, 3), store.begin_demote(DISK, 3)
+    assert [m.key for p in (first, second) for m in p.moves] == [want.key for want in TRUNK[:5]]
+    assert store.begin_demote(DISK, 3) is None
+    store.settle(second.id, 2)
+    store.settle(first.id, 3)
+    assert store.fill()[DISK] == (5, 8)
+    store.check()
+
+
+def test_only_what_was_used_again_is_written_when_cold_chunks_must_wait():
+    store = Store({HOST: 8, DISK: 8})
+    for wants in (TRUNK[:3], OTHER[:3]):
+        store.settle(store.begin_save("r", wants).id, 3)
+    assert store.begin_demote(DISK, 8, cold=False) is None
+    store.use(OTHER[1].key)
+    plan = store.begin_demote(DISK, 8, cold=False)
+    assert [move.key for move in plan.moves] == [OTHER[0].key, OTHER[1].key]
+    store.settle(plan.id, 0)
+    assert store.begin_demote(DISK, 8, cold=False) is None  # it failed: not again before it is used again
+    store.use(OTHER[0].key)
+    assert len(store.begin_demote(DISK, 8, cold=False).moves) == 1
+
+
+def test_chunks_that_leave_the_host_before_they_were_written_are_counted():
+    store = Store({HOST: 2, DISK: 8})
+    store.settle(store.begin_save("r", TRUNK[:2]).id, 2)
+    store.settle(store.begin_save("r", OTHER[:2]).id, 2)
+    assert store.lost()["unwritten", DISK] == 2
+    assert len(store.begin_demote(DISK, 8).moves) == 2
 
 
 def test_disk_keeps_what_host_evicts_and_a_load_brings_it_back():
@@ -101,9 +149,9 @@ def test_disk_keeps_what_host_evicts_and_a_load_brings_it_back():
     assert store.tier_of(TRUNK[0].key) == DISK
     plan = store.begin_load("r", TRUNK[:2], NOTHING)
     assert [m.tier for m in plan.moves] == [DISK, DISK]
-    store.settle(plan.id, "load", 2)
+    store.settle(plan.id, 2)
     assert store.tier_of(TRUNK[0].key) == HOST
-    assert store.bits(TRUNK[0].key) == 6
+    assert bits(store, TRUNK[0]) == 6
     store.check()
 
 
@@ -112,7 +160,7 @@ def test_a_failed_read_is_forgotten_with_everything_behind_it():
     save(store, TRUNK[:2])
     save(store, OTHER[:2])
     plan = store.begin_load("r", TRUNK[:2], NOTHING)
-    store.settle(plan.id, "load", 0)
+    store.settle(plan.id, 0)
     assert depth(store, TRUNK) == 0
     assert not store.holds(TRUNK[1].key)
     store.check()
@@ -122,7 +170,7 @@ def test_what_left_between_lookup_and_load_is_gone_not_wrong():
     store = Store({HOST: 2})
     plan = store.begin_load("r", TRUNK[:2], NOTHING)
     assert [m.tier for m in plan.moves] == [GONE, GONE]
-    store.settle(plan.id, "load", 0)
+    store.settle(plan.id, 0)
     store.check()
 
 
@@ -131,7 +179,7 @@ def test_chunks_seen_in_redis_are_loaded_into_the_host_tier():
     store.learn(TRUNK[:3], REDIS)
     plan = store.begin_load("r", TRUNK[:3], frozenset(w.key for w in TRUNK[:3]))
     assert [m.tier for m in plan.moves] == [REDIS] * 3
-    store.settle(plan.id, "load", 2)
+    store.settle(plan.id, 2)
     assert depth(store, TRUNK) == 2
     assert not store.holds(TRUNK[2].key)
     store.check()
@@ -140,12 +188,12 @@ def test_chunks_seen_in_redis_are_loaded_into_the_host_tier():
 def test_two_loads_of_one_chunk_share_it_in_the_end():
     store = Store({HOST: 4, DISK: 4})
     save(store, TRUNK[:1])
-    store._remove(HOST, TRUNK[0].key)
+    drop_from_host(store, TRUNK[0])
     first = store.begin_load("a", TRUNK[:1], NOTHING)
     second = store.begin_load("b", TRUNK[:1], NOTHING)
     assert store.arriving(TRUNK[0].key)
-    store.settle(first.id, "load", 1)
-    store.settle(second.id, "load", 1)
+    store.settle(first.id, 1)
+    store.settle(second.id, 1)
     assert store.fill()[HOST] == (1, 4)
     store.check()
 
@@ -158,8 +206,7 @@ def test_a_save_does_not_leave_a_gap():
 def test_a_restart_takes_in_only_what_a_lookup_can_reach():
     store = Store({HOST: 2, DISK: 8})
     found = {5: TRUNK[0], 2: TRUNK[1], 7: TRUNK[3], 99: OTHER[0]}
-    taken = store.restore(DISK, {slot: (w.key, w.parent, w.root) for slot, w in found.items()})
-    assert taken == 2
+    assert store.restore(DISK, found) == 2
     assert depth(store, TRUNK) == 2
     assert store.begin_load("r", TRUNK[:2], NOTHING).moves[0].slot == 5
     assert store.fill()[DISK] == (2, 8)
@@ -176,66 +223,157 @@ def test_changes_tell_the_index_every_tier_and_every_end():
     assert {c.key for c in store.inventory()} == {OTHER[0].key}
 
 
-def test_clear_spares_what_is_leased():
-    store = Store({HOST: 8})
+def test_a_tail_is_nobodys_business_but_ours():
+    store = Store({HOST: 8}, full=2)
+    full = [want._replace(size=2) for want in TRUNK[:2]]
+    save(store, [*full, TRUNK[2]])
+    assert depth(store, TRUNK) == 3
+    assert {c.key for c in store.drain_changes()} == {want.key for want in full}
+    assert {c.key for c in store.inventory()} == {want.key for want in full}
+
+
+def test_clear_forgets_everything_and_keeps_what_is_read_still_until_it_was_read():
+    store = Store({HOST: 8, DISK: 8})
     save(store, TRUNK[:2])
     save(store, OTHER[:2])
     plan = store.begin_load("r", TRUNK[:2], NOTHING)
-    store.clear()
-    assert (depth(store, TRUNK), depth(store, OTHER)) == (2, 0)
-    store.settle(plan.id, "load", 2)
+    slots = store.clear()
+    assert len(slots) == 4
+    assert (depth(store, TRUNK), depth(store, OTHER)) == (0, 0)
+    again = store.begin_save("s", OTHER[:8])
+    assert not {m.host for m in again.moves} & {m.host for m in plan.moves}
+    store.settle(plan.id, 2)
+    store.settle(again.id, 6)
+    store.erased(slots)
+    assert store.fill() == {HOST: (6, 8), DISK: (0, 8)}
+    store.check()
+
+
+def test_clear_voids_what_is_under_way_and_names_the_disk_slots_it_wrote():
+    store = Store({HOST: 8, DISK: 8})
+    saving = store.begin_save("r", TRUNK[:2])
+    store.settle(store.begin_save("s", OTHER[:2]).id, 2)
+    writing = store.begin_demote(DISK, 2)
+    assert store.clear() == []
+    store.settle(saving.id, 2)
+    store.settle(writing.id, 2)
+    assert not any(map(store.holds, (want.key for want in TRUNK + OTHER)))
+    assert sorted(store.to_erase()) == sorted(move.slot for move in writing.moves)
+    store.check()
+    store.erased(store.to_erase())
+    assert store.fill() == {HOST: (0, 8), DISK: (0, 8)}
+    store.check()
+
+
+def test_a_pinned_prompt_outlives_any_pressure_until_it_is_unpinned():
+    store = Store({HOST: 4})
+    store.set_pins({want.key for want in TRUNK[:2]})
+    save(store, TRUNK[:2])
+    assert store.pinned() == 2
+    for i in range(5):
+        save(store, chain([50 + i] * 32))
+    assert depth(store, TRUNK) == 2
+    store.set_pins(set())
+    save(store, OTHER[:4])
+    assert depth(store, TRUNK) == 0
+    store.check()
+
+
+def test_a_tenant_beyond_its_share_makes_room_among_its_own():
+    store = Store({HOST: 8}, share=0.5)
+    quiet, loud = chain([1] * 16 * 3, "quiet"), [chain([5 + i] * 16 * 2, "loud") for i in range(9)]
+    save(store, quiet)
+    for wants in loud:
+        save(store, wants)
+    assert depth(store, quiet) == 3
+    assert [depth(store, wants) for wants in loud] == [0] * 7 + [2, 2]
+    store.check()
+
+
+def test_below_its_share_a_tenant_takes_from_whoever_has_most():
+    store = Store({HOST: 6}, share=0.7)
+    loud, modest = chain([1] * 16 * 4, "loud"), chain([2] * 16 * 2, "modest")
+    save(store, loud)
+    save(store, modest)
+    save(store, chain([3] * 16, "third"))
+    assert (depth(store, loud), depth(store, modest)) == (3, 2)
+    store.check()
+
+
+def test_chunks_unused_for_their_time_to_live_are_forgotten_and_pins_are_not():
+    now = [0.0]
+    store = Store({HOST: 16}, clock=lambda: now[0])
+    for wants in (TRUNK[:3], OTHER[:3]):
+        save(store, wants)
+    pinned = chain([77] * 32)
+    save(store, pinned)
+    store.set_pins({pinned[1].key})
+    now[0] = 10.0
+    store.use(TRUNK[1].key)
+    for _ in range(3):
+        store.expire(before=5.0)
+    assert (depth(store, TRUNK), depth(store, OTHER), depth(store, pinned)) == (2, 0, 2)
     store.check()
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_ten_thousand_random_steps_keep_the_books(seed):
-    rng, open_legs = random.Random(seed), []
-    store = Store({HOST: 6, DISK: 9, REDIS: 11})
+    rng, open_plans = random.Random(seed), []
+    store = Store({HOST: 6, DISK: 9, REDIS: 11}, share=rng.choice([1.0, 0.6]))
     for _ in range(10_000):
         wants = rng.choice([TRUNK, FORK, OTHER])
         wants = wants[: rng.randint(1, 8)]
-        verb = rng.choice(["load", "save", "settle", "settle", "settle", "clear", "learn"])
+        verb = rng.choice(["load", "save", "demote", "settle", "settle", "settle", "rare", "learn", "use"])
         if verb == "load":
             remote = frozenset(w.key for w in wants if rng.random() < 0.3)
             start = rng.randrange(len(wants))
-            open_legs.append((store.begin_load("r", wants[start:], remote), "load"))
+            open_plans.append(store.begin_load("r", wants[start:], remote))
         elif verb == "save":
-            plan = store.begin_save("r", wants)
-            if plan:
-                open_legs.append((plan, HOST))
+            open_plans.append(store.begin_save("r", wants))
+        elif verb == "demote":
+            tier, limit, cold = rng.choice([DISK, REDIS]), rng.randint(1, 4), rng.random() < 0.7
+            open_plans.append(store.begin_demote(tier, limit, cold))
         elif verb == "learn":
             store.learn(wants, REDIS)
-        elif verb == "clear" and rng.random() < 0.02:
-            store.clear()
-        elif verb == "settle" and open_legs:
-            plan, leg = open_legs.pop(rng.randrange(len(open_legs)))
-            store.settle(plan.id, leg, rng.choice([len(plan.moves), rng.randint(0, len(plan.moves))]))
-            if leg == HOST:
-                open_legs += [(plan, spill.tier) for spill in plan.spills]
+        elif verb == "use":
+            store.use(wants[-1].key)
+        elif verb == "rare" and rng.random() < 0.1:
+            rare = rng.choice(["clear", "erased", "pin", "expire", "unlearn"])
+            if rare == "clear":
+                store.clear()
+            elif rare == "erased":
+                store.erased(store.to_erase())
+            elif rare == "pin":
+                store.set_pins({w.key for w in wants[:3]})
+            elif rare == "unlearn":
+                store.unlearn(wants[-1].key, rng.choice([HOST, DISK, REDIS]))
+            else:
+                store.expire(time.monotonic(), limit=3)
+        elif verb == "settle" and open_plans:
+            plan = open_plans.pop(rng.randrange(len(open_plans)))
+            store.settle(plan.id, rng.choice([len(plan.moves), rng.randint(0, len(plan.moves))]))
+        open_plans = [plan for plan in open_plans if plan]
         store.check()
-    for plan, leg in open_legs:
-        store.settle(plan.id, leg, 0)
-        if leg == HOST:
-            for spill in plan.spills:
-                store.settle(plan.id, spill.tier, 0)
+    for plan in open_plans:
+        store.settle(plan.id, 0)
     store.check()
 
 
 def test_a_slot_that_somebody_else_still_reads_is_not_given_away():
     store = Store({HOST: 1, DISK: 1})
     save(store, TRUNK[:1])
-    store._remove(HOST, TRUNK[0].key)
+    drop_from_host(store, TRUNK[0])
     first = store.begin_load("a", TRUNK[:1], NOTHING)
-    store.settle(first.id, "load", 0)  # its read failed, nobody else is there: forgotten
+    store.settle(first.id, 0)  # its read failed, nobody else is there: forgotten
     assert not store.holds(TRUNK[0].key)
 
     store = Store({HOST: 4, DISK: 1})
     save(store, TRUNK[:1])
-    store._remove(HOST, TRUNK[0].key)
+    drop_from_host(store, TRUNK[0])
     first, second = (store.begin_load(name, TRUNK[:1], NOTHING) for name in "ab")
-    store.settle(first.id, "load", 0)
+    store.settle(first.id, 0)
     assert store.tier_of(TRUNK[0].key) == DISK
-    store.settle(second.id, "load", 0)
+    store.settle(second.id, 0)
     assert not store.holds(TRUNK[0].key)
     store.check()
 
@@ -246,42 +384,41 @@ class Slots(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.store = Store({HOST: 4, DISK: 5})
-        self.open: list[tuple[Plan, str]] = []
+        self.open: list[Plan] = []
 
-    def in_use(self, tier: str) -> list[int]:
-        slots = []
-        for plan, leg in self.open:
-            for i, move in enumerate(plan.moves):
-                if tier == HOST and move.host >= 0 and (plan.kind == "save" or move.tier != GONE):
-                    slots.append((move.host, move.key))
-                if tier == DISK and plan.kind == "save":
-                    slots += [
-                        (s.slots[i], move.key) for s in plan.spills if s.tier == DISK and s.slots[i] >= 0
-                    ]
-                if tier == DISK and leg == "load" and move.tier == DISK:
-                    slots.append((move.slot, move.key))
-        return slots
+    def in_use(self, tier: str) -> list[tuple[int, ChunkKey]]:
+        moves = [move for plan in self.open for move in plan.moves if move.tier != GONE]
+        if tier == HOST:
+            return [(move.host, move.key) for move in moves]
+        return [(move.slot, move.key) for move in moves if move.tier == DISK]
+
+    def begun(self, plan):
+        self.open += [plan] if plan else []
 
     @rule(prompt=st.sampled_from([TRUNK, FORK, OTHER]), n=st.integers(1, 6))
     def save(self, prompt, n):
-        plan = self.store.begin_save("r", prompt[:n])
-        if plan:
-            self.open.append((plan, HOST))
+        self.begun(self.store.begin_save("r", prompt[:n]))
+
+    @rule(n=st.integers(1, 3), cold=st.booleans())
+    def demote(self, n, cold):
+        self.begun(self.store.begin_demote(DISK, n, cold))
 
     @rule(prompt=st.sampled_from([TRUNK, FORK, OTHER]), start=st.integers(0, 3), n=st.integers(1, 6))
     def load(self, prompt, start, n):
-        held = depth(self.store, prompt)
-        wants = prompt[start : min(held, start + n)]
+        wants = prompt[start : min(depth(self.store, prompt), start + n)]
         if wants:
-            self.open.append((self.store.begin_load("r", wants, NOTHING), "load"))
+            self.store.use(wants[-1].key)
+            self.begun(self.store.begin_load("r", wants, NOTHING))
+
+    @rule()
+    def clear(self):
+        self.store.erased(self.store.clear())
 
     @rule(i=st.integers(0, 50), ok=st.booleans())
     def settle(self, i, ok):
         if self.open:
-            plan, leg = self.open.pop(i % len(self.open))
-            self.store.settle(plan.id, leg, len(plan.moves) if ok else 0)
-            if leg == HOST and plan.spills:
-                self.open.append((plan, DISK))
+            plan = self.open.pop(i % len(self.open))
+            self.store.settle(plan.id, len(plan.moves) if ok else 0)
 
     @invariant()
     def one_key_a_slot(self):

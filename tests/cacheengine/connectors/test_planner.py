@@ -4,7 +4,8 @@ from concurrent.futures import Future
 
 import pytest
 
-from cacheengine.connectors.planner import Planner, Scheduled
+from cacheengine.connectors.demoter import Demoter
+from cacheengine.connectors.planner import Geometry, Planner, Scheduled
 from cacheengine.keys import KeyScheme, Namespace
 from cacheengine.metrics import Tally
 from cacheengine.plan import DISK, HOST, REDIS, SKIP
@@ -25,10 +26,12 @@ class Clock:
 class Rig:
     """A planner with its seams in hand: the probe's answers, the clock, the ranks."""
 
-    def __init__(self, ranks: int = 1, **slots: int) -> None:
+    def __init__(self, ranks: int = 1, write: str = "behind", admit: str = "always", **slots: int) -> None:
         self.asked, self.answers, self.clock, self.tally = [], [], Clock(), Tally()
-        self.store = Store(slots or {HOST: 16})
-        self.planner = Planner(SCHEME, self.store, BLOCK, ranks, self.probe, 1.0, self.tally, self.clock)
+        self.store = Store(slots or {HOST: 16}, CHUNK // BLOCK, clock=self.clock)
+        geometry = Geometry(CHUNK, CHUNK * 100, BLOCK, ranks)
+        demoter = Demoter(self.store, write, admit, queue=16)
+        self.planner = Planner(SCHEME, geometry, self.store, demoter, self.probe, 1.0, self.tally, self.clock)
         self.ranks, self.blocks = ranks, 0
 
     def probe(self, keys):
@@ -44,9 +47,16 @@ class Rig:
 
     def settle(self, plans, kept=None):
         for plan in plans:
-            legs = ["load"] if plan.kind == "load" else [HOST, *(s.tier for s in plan.spills)]
             n = len(plan.moves) if kept is None else kept
-            self.planner.report({(plan.id, leg): (self.ranks, n) for leg in legs})
+            self.planner.report({plan.id: (self.ranks, n)})
+
+    def idle(self):
+        """Steps with nothing scheduled until nothing is left to write; what was written, chunk by chunk."""
+        written = []
+        while plans := self.planner.step([]):
+            self.settle(plans)
+            written += [(move.tier, move.key) for plan in plans for move in plan.moves]
+        return written
 
     def serve(self, req_id, tokens, computed=0):
         """A whole prompt in one step; its plans."""
@@ -57,6 +67,7 @@ class Rig:
         self.planner.begin(req_id, tokens, [])
         self.settle(self.serve(req_id, tokens))
         self.planner.end(req_id)
+        self.idle()
 
 
 def test_a_cold_prompt_saves_its_full_chunks_and_not_the_tail():
@@ -68,12 +79,146 @@ def test_a_cold_prompt_saves_its_full_chunks_and_not_the_tail():
     assert plan.moves[1].blocks == (104, 105, 106, 107)
 
 
-def test_a_repeat_loads_all_but_the_last_token_s_chunk():
+def test_a_repeat_loads_all_but_the_last_token_s_block():
     rig = Rig()
     rig.warm()
     rig.planner.begin("b", PROMPT[: 4 * CHUNK], [])
-    assert rig.planner.matched("b", PROMPT[: 4 * CHUNK], 0) == 3 * CHUNK
-    assert rig.planner.matched("b", PROMPT[: 4 * CHUNK], 0) == 3 * CHUNK  # asking changes nothing
+    assert rig.planner.matched("b", PROMPT[: 4 * CHUNK], 0) == 4 * CHUNK - BLOCK
+    assert rig.planner.matched("b", PROMPT[: 4 * CHUNK], 0) == 4 * CHUNK - BLOCK  # asking changes nothing
+    table = rig.table(4 * CHUNK)
+    rig.planner.allocated("b", table, 4 * CHUNK - BLOCK)
+    (plan,) = rig.planner.step([])
+    assert plan.moves[3].blocks == (*table[12:15], SKIP)
+
+
+TAILED = PROMPT[: CHUNK + 2 * BLOCK + 5]
+
+
+def test_the_ragged_tail_of_a_prompt_is_kept_to_the_block():
+    rig = Rig()
+    rig.planner.begin("a", TAILED, [])
+    (plan,) = rig.serve("a", TAILED)
+    assert [(m.size, m.blocks) for m in plan.moves] == [(4, (100, 101, 102, 103)), (2, (104, 105))]
+    rig.settle([plan])
+    rig.planner.begin("b", TAILED, [])
+    assert rig.planner.matched("b", TAILED, 0) == CHUNK + 2 * BLOCK
+    rig.planner.allocated("b", table := rig.table(len(TAILED)), CHUNK + 2 * BLOCK)
+    (plan,) = rig.planner.step([])
+    assert [m.blocks for m in plan.moves] == [tuple(table[:4]), tuple(table[4:6])]
+    rig.settle([plan])
+    rig.store.check()
+
+
+@pytest.mark.parametrize(
+    ("length", "hit"), [(3 * BLOCK, 2), (3 * BLOCK + 1, 3), (2 * BLOCK, 0), (CHUNK + 9, 3)]
+)
+def test_a_prompt_shorter_than_a_chunk_profits_too(length, hit):
+    """A tail serves whoever shares all of it; the last token's block is always computed."""
+    rig = Rig()
+    rig.warm(PROMPT[: 3 * BLOCK + 4])
+    prompt = PROMPT[:length]
+    rig.planner.begin("b", prompt, [])
+    assert rig.planner.matched("b", prompt, 0) == hit * BLOCK
+
+
+def test_of_several_tails_the_longest_that_fits_is_loaded():
+    rig = Rig()
+    for blocks in (1, 2, 3):
+        rig.warm(PROMPT[: CHUNK + blocks * BLOCK + 1], f"warm{blocks}")
+    rig.planner.begin("b", PROMPT[: 2 * CHUNK - 1], [])
+    assert rig.planner.matched("b", PROMPT[: 2 * CHUNK - 1], 0) == CHUNK + 3 * BLOCK
+    other = [*PROMPT[: CHUNK + BLOCK], *range(50)]
+    rig.planner.begin("c", other, [])
+    assert rig.planner.matched("c", other, 0) == CHUNK + BLOCK
+
+
+def test_a_tail_that_the_device_holds_in_part_is_loaded_in_part():
+    rig = Rig()
+    rig.warm(TAILED)
+    rig.planner.begin("b", TAILED, [])
+    assert rig.planner.matched("b", TAILED, CHUNK + BLOCK) == BLOCK
+    rig.planner.allocated("b", table := rig.table(len(TAILED)), BLOCK)
+    (plan,) = rig.planner.step([])
+    assert [(m.size, m.blocks) for m in plan.moves] == [(2, (SKIP, table[5]))]
+
+
+def test_a_tail_in_redis_is_asked_for_with_the_rest():
+    rig = Rig(host=16, redis=100)
+    rig.planner.begin("a", TAILED, [])
+    assert rig.asked == [2]
+    rig.answers[0].set_result(2)
+    assert rig.planner.matched("a", TAILED, 0) == CHUNK + 2 * BLOCK
+    rig.planner.allocated("a", rig.table(len(TAILED)), CHUNK + 2 * BLOCK)
+    (plan,) = rig.planner.step([])
+    assert [(m.tier, m.size) for m in plan.moves] == [(REDIS, 4), (REDIS, 2)]
+
+
+def test_nothing_is_written_below_while_the_engine_runs_unless_it_was_used_again():
+    rig = Rig(write="idle", host=16, disk=16)
+    for name in "ab":
+        rig.planner.begin(name, PROMPT, [])
+        plans = rig.serve(name, PROMPT, 4 * CHUNK if name == "b" else 0)
+        rig.settle(plans)
+        assert [plan.kind for plan in plans] == (["save"] if name == "a" else ["demote"])
+    assert rig.planner.busy is False
+
+
+def test_idle_moments_are_used_to_write_everything_from_the_front():
+    rig = Rig(write="idle", host=16, disk=16)
+    rig.planner.begin("a", PROMPT, [])
+    rig.settle(rig.serve("a", PROMPT))
+    assert rig.planner.busy
+    assert rig.idle() == [(DISK, key) for key in SCHEME.keys(PROMPT)]
+    assert not rig.planner.busy
+
+
+def test_with_second_hit_a_prompt_seen_once_stays_in_memory():
+    rig = Rig(write="idle", admit="second_hit", host=16, disk=16)
+    rig.warm()
+    assert rig.store.fill()[DISK] == (0, 16)
+    rig.planner.begin("b", PROMPT, [])
+    rig.settle(rig.serve("b", PROMPT, 4 * CHUNK))
+    assert rig.store.fill()[DISK] == (4, 16)
+
+
+def test_on_evict_waits_until_host_slots_run_out():
+    rig = Rig(write="on_evict", host=9, disk=16)
+    rig.warm()
+    rig.warm([7] * 4 * CHUNK, "b")
+    assert rig.store.fill()[DISK] == (0, 16)
+    rig.warm([8] * CHUNK, "c")
+    assert rig.store.fill()[DISK][0] > 0
+
+
+@pytest.mark.parametrize(("bytes_per_second", "hit"), [(1e9, 4), (1e3, 0)])
+def test_what_is_quicker_computed_is_not_loaded(bytes_per_second, hit):
+    rig = Rig(host=4, disk=16)
+    rig.warm()
+    rig.warm([7] * 4 * CHUNK, "other")  # the first prompt is only on the disk now
+    rig.planner.rates.observe_prefill(1000, 1.0)
+    rig.planner.rates.observe_read(DISK, int(bytes_per_second), 1.0)
+    rig.planner.begin("a", PROMPT, [])
+    assert rig.planner.matched("a", PROMPT, 0) == hit * CHUNK
+    rig.serve("a", PROMPT, hit * CHUNK)
+    declined = rig.tally.take().get(("cairn_engine_declined_tokens_total", (DISK,)), 0)
+    assert declined == (4 - hit) * CHUNK
+    rig.clock.now = 61.0  # what was measured a minute ago is tried again
+    rig.planner.begin("b", PROMPT, [])
+    assert rig.planner.matched("b", PROMPT, 0) == 4 * CHUNK
+
+
+def test_a_slow_tier_is_crossed_for_what_lies_behind_it():
+    rig = Rig(host=16, disk=16)
+    rig.warm()
+    rig.planner.rates.observe_prefill(1000, 1.0)
+    rig.planner.rates.observe_read(DISK, 50_000, 1.0)  # 0.13 s a chunk, computing takes 0.06
+    for key in SCHEME.keys(PROMPT)[:1]:
+        rig.store.unlearn(key, HOST)
+    rig.planner.begin("a", PROMPT, [])
+    assert rig.planner.matched("a", PROMPT, 0) == 4 * CHUNK
+    for key in SCHEME.keys(PROMPT)[1:]:
+        rig.store.unlearn(key, HOST)
+    assert rig.planner.matched("a", PROMPT, 0) == 0
 
 
 def test_what_the_device_holds_is_left_alone_to_the_block():
@@ -114,9 +259,10 @@ def test_decoded_tokens_become_chunks_too():
     rig = Rig()
     tokens = list(PROMPT[: CHUNK - 1])
     rig.planner.begin("a", tokens, [])
-    assert rig.serve("a", tokens) == []
+    rig.settle(rig.serve("a", tokens))
     tokens.append(5)
-    assert len(rig.planner.step([Scheduled("a", tokens, CHUNK - 1, 1, rig.table(CHUNK))])) == 1
+    (plan,) = rig.planner.step([Scheduled("a", tokens, CHUNK - 1, 1, rig.table(CHUNK))])
+    assert [move.key for move in plan.moves] == SCHEME.keys(tokens)
 
 
 def test_tenants_and_adapters_never_share():
@@ -189,13 +335,13 @@ def test_a_failed_load_is_counted_and_not_offered_again():
     rig.store.check()
 
 
-def test_a_leg_counts_when_every_rank_has_spoken_and_the_least_word_stands():
+def test_a_plan_counts_when_every_rank_has_spoken_and_the_least_word_stands():
     rig = Rig(ranks=2)
     rig.planner.begin("a", PROMPT, [])
     (plan,) = rig.serve("a", PROMPT)
-    rig.planner.report({(plan.id, HOST): (1, 4)})
+    rig.planner.report({plan.id: (1, 4)})
     assert rig.store.fill()[HOST][0] == 0
-    rig.planner.report({(plan.id, HOST): (1, 2)})
+    rig.planner.report({plan.id: (1, 2)})
     assert rig.store.fill()[HOST][0] == 2
     rig.store.check()
 
@@ -246,9 +392,11 @@ def test_a_prompt_larger_than_the_tiers_keeps_its_beginning_and_decodes_in_peace
         new = min(CHUNK, len(tokens) - start)
         plans = rig.planner.step([Scheduled("a", tokens, start, new, table)])
         rig.settle(plans)
-        saved.append(sum(len(plan.moves) for plan in plans))
+        saved.append(sum(len(plan.moves) for plan in plans if plan.kind == "save"))
     for step in range(5):
-        saved.append(len(rig.planner.step([Scheduled("a", tokens, len(tokens) + step, 1, table)])))
+        plans = rig.planner.step([Scheduled("a", tokens, len(tokens) + step, 1, table)])
+        rig.settle(plans)
+        saved.append(sum(plan.kind == "save" for plan in plans))
     assert saved == [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
     rig.planner.begin("b", PROMPT, [])
     assert rig.planner.matched("b", PROMPT, 0) == 3 * CHUNK
