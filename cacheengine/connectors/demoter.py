@@ -7,9 +7,11 @@ from cacheengine.store import Store
 
 Write = Literal["behind", "idle", "on_evict"]
 Admit = Literal["always", "second_hit"]
+Work = Literal["prefill", "decode", "nothing"]  # what a step computes
 
 _BATCH = 8  # chunks in a plan: one pipelined write
-_QUIET_QUEUE = 8  # chunks under way while waiting for idle moments: what a new request may have to wait for
+# Cold chunks under way in the idle mode, by what the step computes: what others may have to share with.
+_QUIET = {"prefill": 0, "decode": 2, "nothing": 8}
 _PRESSED = 8  # on_evict: write when less than one in so many host slots is free
 
 
@@ -17,7 +19,8 @@ class Demoter:
     """Chunks that were used again are written soon; those that were not, when the mode says so:
 
     behind    at once, beside the compute
-    idle      while the engine has nothing to run, so that a workload without reuse pays nothing
+    idle      while the engine has nothing to run, a few beside pure decoding, none beside prefill: a
+              workload without reuse pays next to nothing
     on_evict  when host slots run out (used ones too), oldest first
 
     With `second_hit` a chunk nobody used again is never written.  `queue` bounds the chunks under way to one
@@ -26,17 +29,18 @@ class Demoter:
 
     def __init__(self, store: Store, write: Write, admit: Admit, queue: int) -> None:
         self._store, self._write, self._admit = store, write, admit
-        self._queue = min(queue, _QUIET_QUEUE) if write == "idle" else queue
+        self._queue = queue
         self._under_way = dict.fromkeys(store.lower, 0)
 
-    def plans(self, idle: bool) -> list[Plan]:
-        """What to write in this step; `idle`: nothing is scheduled."""
+    def plans(self, work: Work) -> list[Plan]:
+        """What to write beside a step of such work."""
         if self._write == "on_evict" and not self._pressed():
             return []
-        cold = self._admit == "always" and (self._write != "idle" or idle)
+        quiet = _QUIET[work] if self._write == "idle" else self._queue
         plans = []
         for tier, under_way in self._under_way.items():
-            room = min(self._queue - under_way, _BATCH)
+            cold = self._admit == "always" and under_way < quiet
+            room = min((quiet if cold else self._queue) - under_way, _BATCH)
             if room > 0 and (plan := self._store.begin_demote(tier, room, cold)):
                 self._under_way[tier] += len(plan.moves)
                 plans.append(plan)

@@ -164,7 +164,8 @@ class Planner:
             request = self._requests.get(item.req_id)
             if request is not None and (plan := self._advance(request, item)):
                 plans.append(plan)
-        below = self._demoter.plans(idle=not scheduled)
+        prefill = any(item.new > 1 for item in scheduled)
+        below = self._demoter.plans("prefill" if prefill else "decode" if scheduled else "nothing")
         for plan in (*plans, *below):
             self._plans[plan.id] = plan
         return plans + below

@@ -163,6 +163,18 @@ def test_nothing_is_written_below_while_the_engine_runs_unless_it_was_used_again
     assert rig.planner.busy is False
 
 
+def test_beside_pure_decoding_a_few_chunks_are_written():
+    rig = Rig(write="idle", host=16, disk=16)
+    rig.planner.begin("a", PROMPT, [])
+    rig.settle(rig.serve("a", PROMPT))
+    decode = Scheduled("a", PROMPT, len(PROMPT), 1, rig.table(len(PROMPT) + 1))
+    (plan,) = rig.planner.step([decode])
+    assert [move.tier for move in plan.moves] == [DISK, DISK]
+    assert rig.planner.step([decode]) == []
+    rig.settle([plan])
+    assert len(rig.planner.step([decode])) == 1
+
+
 def test_idle_moments_are_used_to_write_everything_from_the_front():
     rig = Rig(write="idle", host=16, disk=16)
     rig.planner.begin("a", PROMPT, [])
