@@ -15,8 +15,6 @@ from cacheengine.shelf import Backlog, Chunk, Shelf
 TIER_BITS = {HOST: 2, DISK: 4, REDIS: 8}
 LOWER = (DISK, REDIS)
 
-Lease = list[tuple[ChunkKey, Chunk]]
-
 
 class Holdings:
     """`slots` is each tier's capacity in chunks, a tier that is off is not there; `full` is a full chunk's
@@ -34,6 +32,7 @@ class Holdings:
         self.evicted = dict.fromkeys(slots, 0)
         self.unwritten = dict.fromkeys(self.backlog, 0)  # chunks that left the host before they got there
         self._full = full
+        self._trails: dict[str, list[ChunkKey]] = {tier: [] for tier in slots}
         self._dirty: dict[ChunkKey, ChunkKey] = {}  # key → root
 
     def at(self, tier: str) -> dict[ChunkKey, int]:
@@ -73,9 +72,10 @@ class Holdings:
         shelf = self.shelves[tier]
         if not shelf.has_room(tenant):
             for key in shelf.victims(tenant):
-                leaf = self._leaf(key, shelf.at)
+                leaf = self._leaf(tier, key)
                 if not self.chunks[leaf].leases and leaf not in self.pins and leaf not in spare:
                     self.evicted[tier] += 1
+                    self._trails[tier].pop()
                     self.remove(tier, leaf)
                     break
         return shelf.reserve(tenant) if shelf.has_room(tenant) else -1
@@ -108,21 +108,20 @@ class Holdings:
             below += chunk.children
             del self.chunks[gone]
 
-    def lease(self, wants: Sequence[Want]) -> Lease:
+    def lease(self, wants: Sequence[Want]) -> list[Chunk]:
         """Hold these chunks, and all before them: were an ancestor evicted, the slots behind it would be
         given to others while a rank still reads them."""
-        keys = [want.key for want in wants if want.key in self.chunks]
-        above = wants[0].parent if wants else NO_PARENT
-        while (chunk := self.chunks.get(above)) is not None:
-            keys.append(above)
-            above = chunk.parent
-        leased = [(key, self.chunks[key]) for key in keys]
-        for _, chunk in leased:
+        leased = [chunk for want in wants if (chunk := self.chunks.get(want.key))]
+        above = self.chunks.get(wants[0].parent) if wants else None
+        while above is not None:
+            leased.append(above)
+            above = self.chunks.get(above.parent)
+        for chunk in leased:
             chunk.leases += 1
         return leased
 
-    def unlease(self, leased: Lease) -> None:
-        for _, chunk in leased:
+    def unlease(self, leased: Sequence[Chunk]) -> None:
+        for chunk in leased:
             chunk.leases -= 1
             if not chunk.leases:
                 for tier, slot in chunk.limbo:
@@ -132,16 +131,15 @@ class Holdings:
     def use(self, key: ChunkKey, now: float) -> None:
         """`key` is used, and with it all before it: deepest first, so that no chunk is ever fresher than its
         parent."""
-        path = []
+        path, tenant = [], ""
         while (chunk := self.chunks.get(key)) is not None:
-            chunk.used = now
-            path.append((key, chunk.tenant))
+            chunk.used, tenant = now, chunk.tenant
+            path.append(key)
             key = chunk.parent
         for shelf in self.shelves.values():
-            for key, tenant in path:
-                shelf.hit(key, tenant)
+            shelf.hit(path, tenant)
         for tier in self.backlog:
-            self.want_below(tier, [key for key, _ in reversed(path)])
+            self.want_below(tier, reversed(path))
 
     def want_below(self, tier: str, keys: Iterable[ChunkKey]) -> None:
         """These chunks have proved useful: write those of the host tier down that are not there."""
@@ -185,11 +183,15 @@ class Holdings:
             assert chunk.parent == NO_PARENT or chunk.parent in self.chunks, "a gap in a prefix"
             assert all(self.chunks[child].parent == key for child in chunk.children), "a child that left"
 
-    def _leaf(self, key: ChunkKey, at: dict[ChunkKey, int]) -> ChunkKey:
-        """The end of a path of this shelf's chunks that goes through `key`."""
-        while (below := next((c for c in self.chunks[key].children if c in at), None)) is not None:
-            key = below
-        return key
+    def _leaf(self, tier: str, key: ChunkKey) -> ChunkKey:
+        """The end of a path of this shelf's chunks that starts with `key`.  The path is kept: the next
+        victim is likely the chunk before this one."""
+        at, trail = self.shelves[tier].at, self._trails[tier]
+        if not trail or trail[0] != key or trail[-1] not in at:
+            trail[:] = [key]
+        while (below := next((c for c in self.chunks[trail[-1]].children if c in at), None)) is not None:
+            trail.append(below)
+        return trail[-1]
 
     def _take(self, tier: str, key: ChunkKey, chunk: Chunk, erase: bool = False) -> None:
         """Off one shelf; the slot is free when nobody reads it any more."""

@@ -1,7 +1,7 @@
 """What the store keeps its books in: the slots of one tier, a chunk's kin, what an open plan holds."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -57,9 +57,12 @@ class Shelf:
         self.at[key] = slot
         self._order(tenant).add(key, depth)
 
-    def hit(self, key: ChunkKey, tenant: str) -> None:
-        if key in self.at:
-            self._order(tenant).hit(key)
+    def hit(self, keys: Sequence[ChunkKey], tenant: str) -> None:
+        """Those of `keys` that are here were used, in this order."""
+        at, hit = self.at, self._order(tenant).hit
+        for key in keys:
+            if key in at:
+                hit(key)
 
     def detach(self, key: ChunkKey, tenant: str) -> int:
         """`key` is not here any more, but its slot stays reserved: somebody still reads it.  -1: was not."""
@@ -170,6 +173,6 @@ class Ledger:
     tier: str = ""  # where a demotion goes
     reserved: dict[ChunkKey, int] = field(default_factory=dict)  # slots on their way
     source: dict[ChunkKey, str] = field(default_factory=dict)  # where a load reads from
-    leased: list[tuple[ChunkKey, Chunk]] = field(default_factory=list)
+    leased: list[Chunk] = field(default_factory=list)
     suspect: ChunkKey | None = None  # the chunk whose read failed
     void: bool = False  # the cache was cleared meanwhile: whatever arrives is not kept

@@ -14,7 +14,7 @@ from cacheengine.connectors.demoter import Demoter
 from cacheengine.connectors.rates import Rates
 from cacheengine.keys import ChunkKey, KeyChain, KeyScheme
 from cacheengine.metrics import Tally
-from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS, SKIP, Plan, Want
+from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS, SKIP, Move, Plan, Want
 from cacheengine.store import Store
 
 # Leading keys Redis holds, -1 when it could not say; None: the shared tier is off or broken now.
@@ -230,13 +230,11 @@ class Planner:
         if plan.kind == "load":
             if not kept and (request := self._requests.get(plan.req_id)):
                 request.barred = True  # the engine asks again; promise nothing twice
-            for i, move in enumerate(plan.moves):
-                fresh = sum(block != SKIP for block in move.blocks) * self._block
-                if i < kept:
-                    self.tally.add("cairn_engine_hit_tokens_total", fresh, move.tier)
-                    self._totals[f"hit_tokens_{move.tier}"] += fresh
-                else:
-                    self.tally.add("cairn_engine_failed_tokens_total", fresh)
+            for tier, tokens in self._tokens(plan.moves[:kept]).items():
+                self.tally.add("cairn_engine_hit_tokens_total", tokens, tier)
+                self._totals[f"hit_tokens_{tier}"] += tokens
+            lost = sum(self._tokens(plan.moves[kept:]).values())
+            self.tally.add("cairn_engine_failed_tokens_total", lost)
             return
         tier = plan.moves[0].tier
         self.tally.add("cairn_engine_saved_chunks_total", kept, tier)
@@ -263,18 +261,21 @@ class Planner:
 
     def sources(self, req_id: str) -> dict[str, int]:
         """Tokens the load just planned for this request takes from each tier."""
-        tokens: dict[str, int] = {}
-        for plan in self._loads:
-            for move in plan.moves if plan.req_id == req_id else ():
-                fresh = sum(block != SKIP for block in move.blocks) * self._block
-                tokens[move.tier] = tokens.get(move.tier, 0) + fresh
-        return tokens
+        return self._tokens([move for plan in self._loads if plan.req_id == req_id for move in plan.moves])
 
     def totals(self) -> dict[str, float]:
         """Counts since start, for the worker's heartbeat."""
         return dict(self._totals)
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _tokens(self, moves: Sequence[Move]) -> dict[str, int]:
+        """What moves bring, by the tier it comes from."""
+        tokens: dict[str, int] = {}
+        for move in moves:
+            fresh = (len(move.blocks) - move.blocks.count(SKIP)) * self._block
+            tokens[move.tier] = tokens.get(move.tier, 0) + fresh
+        return tokens
 
     def _usable(self, tokens: Sequence[int]) -> int:
         """Blocks that may be loaded: at least one token is left to compute, for its logits."""
@@ -366,5 +367,6 @@ class Planner:
 
 def _but(blocks: Sequence[int], held: int) -> tuple[int, ...]:
     """These blocks without the first `held`, which the device has."""
-    held = max(0, held)
+    if held <= 0:
+        return tuple(blocks)
     return (SKIP,) * min(held, len(blocks)) + tuple(blocks[held:])
