@@ -7,12 +7,13 @@ The index's divide-and-conquer lookup relies on this.
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+from cacheengine import index_schema
 from cacheengine.evict import Evictor
 from cacheengine.keys import ChunkKey
 from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS, Change, Want
 from cacheengine.shelf import Backlog, Chunk, Shelf
 
-TIER_BITS = {HOST: 2, DISK: 4, REDIS: 8}
+TIER_BITS = {HOST: index_schema.HOST, DISK: index_schema.DISK, REDIS: index_schema.SHARED}
 LOWER = (DISK, REDIS)
 
 

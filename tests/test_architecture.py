@@ -22,7 +22,9 @@ MAY_IMPORT = {
     "cacheengine.plan": WORDS,
     "cacheengine.evict": WORDS,
     "cacheengine.shelf": {"cacheengine.evict", "cacheengine.plan", *WORDS},
-    "cacheengine.holdings": {"cacheengine.evict", "cacheengine.plan", "cacheengine.shelf", *WORDS},
+    "cacheengine.holdings": {
+        "cacheengine.evict", "cacheengine.index_schema", "cacheengine.plan", "cacheengine.shelf", *WORDS,
+    },
     "cacheengine.store": {
         "cacheengine.evict", "cacheengine.holdings", "cacheengine.plan", "cacheengine.shelf", *WORDS,
     },
