@@ -151,8 +151,8 @@ class CacheConfig(Config):
         description="Which chunks go to the disk and Redis: all, or those used again since they were stored. "
         "second_hit spares a disk or a network that most prompts never read from.",
     )
-    eviction: Literal["lru"] = Field(
-        "lru",
+    eviction: Literal["greedy_dual", "lru", "lfu", "fifo", "mru", "s3fifo"] = Field(
+        "greedy_dual",
         description="Who leaves a full tier first. "
         "Leave it alone unless a replay of your own trace says otherwise (loadtests.replay_eviction).",
     )

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 
-from cacheengine.evict import LRU, Evictor
+from cacheengine.evict import DEFAULT_EVICTOR, EVICTORS, Evictor
 from cacheengine.holdings import LOWER, Holdings
 from cacheengine.keys import ChunkKey
 from cacheengine.plan import DISK, GONE, HOST, NO_PARENT, REDIS, Change, Move, Plan, Want
@@ -24,7 +24,7 @@ class Store:
         self,
         slots: Mapping[str, int],
         full: int = 1,
-        evictor: Callable[[], Evictor] = LRU,
+        evictor: Callable[[], Evictor] = EVICTORS[DEFAULT_EVICTOR],
         share: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

@@ -1,12 +1,14 @@
 """One contract for every policy, and each policy's own promise."""
 
 from itertools import islice
+from typing import get_args
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from cacheengine.config import CacheConfig
 from cacheengine.evict import DEFAULT_EVICTOR, EVICTORS, LFU, LRU, S3FIFO, Evictor, Ghost, GreedyDual
 from cacheengine.keys import ChunkKey
 
@@ -49,8 +51,10 @@ def evictor(request) -> Evictor:
     return EVICTORS[request.param]()
 
 
-def test_the_default_is_on_the_list():
-    assert DEFAULT_EVICTOR in EVICTORS
+def test_the_knob_knows_every_policy_and_has_the_default():
+    knob = CacheConfig.model_fields["eviction"]
+    assert set(get_args(knob.annotation)) == set(EVICTORS)
+    assert knob.default == DEFAULT_EVICTOR
 
 
 def test_an_empty_one_has_no_victims(evictor):
