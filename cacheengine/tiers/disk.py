@@ -2,15 +2,18 @@
 
 The engine's store decides which chunk lives in which slot; this tier only moves bytes.  Slots are dealt
 round-robin to one file a folder (slotfile.py), so a prompt's chunks come from all devices at once, and a
-device that fails costs the chunks it holds.
+device that fails costs the chunks it holds.  Checksums are computed while the next transfers are under way.
 """
 
 import errno
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from cacheengine import frame
 from cacheengine.config import ConfigError
@@ -38,6 +41,11 @@ _PARTIAL = {
     *(errno.EIO, errno.ENODATA, errno.EREMOTEIO, errno.EILSEQ, errno.ETIMEDOUT, errno.ENOLINK),
     *(errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.EUCLEAN),
 }
+
+# Transfers under way on each device while the caller verifies or frames another chunk (docs/adr/0015).
+_AHEAD = 2
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +151,7 @@ class DiskTier:
         self._geometry = files[0]  # what the frames of all of them have in common
         self._tokens = tokens
         self._files: list[SlotFile] = []
+        self._pool = ThreadPoolExecutor(_AHEAD * len(paths), "cairn-disk")
         try:
             for path, geometry in zip(paths, files, strict=True):
                 self._files.append(SlotFile(path, geometry))
@@ -162,15 +171,16 @@ class DiskTier:
         return len(refs)
 
     def read(self, refs: Sequence[Ref], into: Sequence[memoryview]) -> int:
-        scratch = pages(2)
+        jobs = [self._job(ref, view) for ref, view in zip(refs, into, strict=True)]
         filled = nbytes = 0
         started = time.perf_counter()
         try:
-            for ref, view in zip(refs, into, strict=True):
-                if not self._read(ref, view, scratch):
-                    break
-                filled += 1
-                nbytes += len(view)
+            with closing(self._ahead(self._get, jobs, len(jobs))) as arrived:
+                for job, got in zip(jobs, arrived, strict=True):
+                    if not self._take(job, got):
+                        break
+                    filled += 1
+                    nbytes += len(job.view)
         except TierDown:
             if not filled:
                 raise
@@ -179,15 +189,16 @@ class DiskTier:
         return filled
 
     def write(self, refs: Sequence[Ref], data: Sequence[memoryview]) -> int:
-        scratch = pages(2)
+        jobs = [self._job(ref, view) for ref, view in zip(refs, data, strict=True)]
         kept = nbytes = 0
         started = time.perf_counter()
         try:
-            for ref, view in zip(refs, data, strict=True):
-                if not self._write(ref, view, scratch):
-                    break
-                kept += 1
-                nbytes += len(view)
+            with closing(self._ahead(self._put, map(self._frame, jobs), len(jobs))) as done:
+                for job, whole in zip(jobs, done, strict=True):
+                    if not whole:
+                        break
+                    kept += 1
+                    nbytes += len(job.view)
         except TierDown:
             if not kept:
                 raise
@@ -198,70 +209,36 @@ class DiskTier:
         scratch = pages(1)
         for ref in refs:
             if self._holds(ref, scratch):  # a slot that was given to another chunk keeps it
-                self._clear(ref.slot)
+                file, slot = self._place(ref.slot)
+                with self._trouble(file):
+                    file.clear(slot)
 
     def close(self) -> None:
         """Let go of the files and their locks.  No verb may be running; later ones raise TierDown."""
+        self._pool.shutdown()
         for file in self._files:
             file.close()
 
     def _holds(self, ref: Ref, scratch: memoryview) -> bool:
-        if not self._get(ref.slot, [scratch]):
+        file, slot = self._place(ref.slot)
+        if not self._get(_Job(ref, scratch, file, slot, scratch, [scratch])):
             return False
         try:
             return self._geometry.parse(scratch[:HEADER_BYTES]).key == ref.key
         except BadFrame:
             return False
 
-    def _read(self, ref: Ref, view: memoryview, scratch: memoryview) -> bool:
-        vector = self._vector(view, scratch)
-        got = self._get(ref.slot, vector)
-        header = scratch[:HEADER_BYTES]
-        if not got or header == NO_HEADER:
-            return False
-        try:
-            info = self._geometry.parse(header)
-            if info.key != ref.key:
-                return False  # the slot went to another chunk since
-            if got != sum(map(len, vector)):
-                raise BadFrame(f"slot of {got} bytes")
-            whole = len(view) // PAGE * PAGE
-            view[whole:] = scratch[PAGE : PAGE + len(view) - whole]
-            frame.verify(info, view)
-        except BadFrame as exc:
-            log.warning("disk tier dropped slot %d: %s", ref.slot, exc)
-            self.stats.add(bad_frames=1)
-            self._clear(ref.slot)
-            return False
-        return True
-
-    def _write(self, ref: Ref, view: memoryview, scratch: memoryview) -> bool:
-        g = self._geometry
-        vector = self._vector(view, scratch)
-        tokens = self._tokens * len(view) // g.payload_bytes
-        scratch[:HEADER_BYTES] = frame.pack(
-            g.namespace, ref.key, ref.parent, ref.root, view, tokens, g.rank, g.world
-        )
-        whole = len(view) // PAGE * PAGE
-        scratch[PAGE : PAGE + len(view) - whole] = view[whole:]
+    def _job(self, ref: Ref, view: memoryview) -> "_Job":
+        """One slot's transfer: header page, payload, and a page for the payload's ragged end."""
+        if not 0 < len(view) <= self._geometry.payload_bytes:
+            raise ValueError(f"buffer of {len(view)} bytes, expected at most {self._geometry.payload_bytes}")
         file, slot = self._place(ref.slot)
-        written = False
-        with self._trouble(file):
-            written = file.write(slot, vector)
-        return written
-
-    def _get(self, slot: int, vector: Sequence[memoryview]) -> int:
-        """Bytes read from the start of a slot; 0 when its sectors cannot be read."""
-        file, local = self._place(slot)
-        got = 0
-        with self._trouble(file):
-            got = file.read(local, vector)
-        return got
-
-    def _clear(self, slot: int) -> None:
-        file, local = self._place(slot)
-        with self._trouble(file):
-            file.clear(local)
+        scratch = pages(2)
+        whole = len(view) // PAGE * PAGE  # the part moved without a bounce
+        parts = (scratch[:PAGE], view[:whole], scratch[PAGE:])
+        needed = (True, whole > 0, whole < len(view))
+        vector = [part for part, wanted in zip(parts, needed, strict=True) if wanted]
+        return _Job(ref, view, file, slot, scratch, vector)
 
     def _place(self, slot: int) -> tuple[SlotFile, int]:
         """Raises ValueError for a slot that does not exist: that is a bug of the caller, not a miss."""
@@ -269,14 +246,78 @@ class DiskTier:
             raise ValueError(f"slot {slot} of {self.slots}")
         return self._files[slot % len(self._files)], slot // len(self._files)
 
-    def _vector(self, view: memoryview, scratch: memoryview) -> list[memoryview]:
-        """Memory for the pages of a slot that are needed: header, payload, the payload's ragged end."""
-        if not 0 < len(view) <= self._geometry.payload_bytes:
-            raise ValueError(f"buffer of {len(view)} bytes, expected at most {self._geometry.payload_bytes}")
-        whole = len(view) // PAGE * PAGE  # the part moved without a bounce
-        parts = (scratch[:PAGE], view[:whole], scratch[PAGE:])
-        needed = (True, whole > 0, whole < len(view))
-        return [part for part, wanted in zip(parts, needed, strict=True) if wanted]
+    def _ahead(
+        self, move: Callable[["_Job"], T], jobs: Iterable["_Job"], count: int
+    ) -> Generator[T, None, None]:
+        """`move` of each job in order, with the next ones under way while the caller deals with one.
+
+        Closing it waits for what is under way: the buffers are the caller's again.
+        """
+        if count == 1:  # nothing to overlap with
+            yield from map(move, jobs)
+            return
+        flying: deque[Future[T]] = deque()
+        try:
+            for job in jobs:
+                flying.append(self._submit(move, job))
+                if len(flying) > _AHEAD * len(self._files):
+                    yield flying.popleft().result()
+            while flying:
+                yield flying.popleft().result()
+        finally:
+            wait([future for future in flying if not future.cancel()])
+
+    def _submit(self, move: Callable[["_Job"], T], job: "_Job") -> "Future[T]":
+        try:
+            return self._pool.submit(move, job)
+        except RuntimeError as exc:  # closed, or no thread to be had
+            raise TierDown(f"disk tier: {exc}") from exc
+
+    def _take(self, job: "_Job", got: int) -> bool:
+        """Whether what was read into a job's memory is its chunk; anything damaged is dropped."""
+        view, header = job.view, job.scratch[:HEADER_BYTES]
+        if not got or header == NO_HEADER:
+            return False
+        try:
+            info = self._geometry.parse(header)
+            if info.key != job.ref.key:
+                return False  # the slot went to another chunk since
+            if got != sum(map(len, job.vector)):
+                raise BadFrame(f"slot of {got} bytes")
+            whole = len(view) // PAGE * PAGE
+            view[whole:] = job.scratch[PAGE : PAGE + len(view) - whole]
+            frame.verify(info, view)
+        except BadFrame as exc:
+            log.warning("disk tier dropped slot %d: %s", job.ref.slot, exc)
+            self.stats.add(bad_frames=1)
+            with self._trouble(job.file):
+                job.file.clear(job.slot)
+            return False
+        return True
+
+    def _frame(self, job: "_Job") -> "_Job":
+        """Fill in the header and the ragged end."""
+        g, ref, view = self._geometry, job.ref, job.view
+        tokens = self._tokens * len(view) // g.payload_bytes
+        job.scratch[:HEADER_BYTES] = frame.pack(
+            g.namespace, ref.key, ref.parent, ref.root, view, tokens, g.rank, g.world
+        )
+        whole = len(view) // PAGE * PAGE
+        job.scratch[PAGE : PAGE + len(view) - whole] = view[whole:]
+        return job
+
+    def _put(self, job: "_Job") -> bool:
+        written = False
+        with self._trouble(job.file):
+            written = job.file.write(job.slot, job.vector)
+        return written
+
+    def _get(self, job: "_Job") -> int:
+        """Bytes read from the start of a slot; 0 when its sectors cannot be read."""
+        got = 0
+        with self._trouble(job.file):
+            got = job.file.read(job.slot, job.vector)
+        return got
 
     @contextmanager
     def _trouble(self, file: SlotFile) -> Iterator[None]:
@@ -290,3 +331,14 @@ class DiskTier:
             if file.path not in self._troubled:
                 self._troubled.add(file.path)
                 log.warning("disk tier: %s fails (%s); its chunks are misses", file.path, exc.strerror)
+
+
+class _Job(NamedTuple):
+    """One slot's transfer: the caller's memory, two pages of ours, and both as the kernel takes them."""
+
+    ref: Ref
+    view: memoryview
+    file: SlotFile
+    slot: int  # within the file
+    scratch: memoryview
+    vector: list[memoryview]
