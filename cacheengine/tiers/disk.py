@@ -151,7 +151,9 @@ class DiskTier:
         self._geometry = files[0]  # what the frames of all of them have in common
         self._tokens = tokens
         self._files: list[SlotFile] = []
-        self._pool = ThreadPoolExecutor(_AHEAD * len(paths), "cairn-disk")
+        # apart, so that a load never waits behind writes
+        self._readers = ThreadPoolExecutor(_AHEAD * len(paths), "cairn-disk-read")
+        self._writers = ThreadPoolExecutor(_AHEAD * len(paths), "cairn-disk-write")
         try:
             for path, geometry in zip(paths, files, strict=True):
                 self._files.append(SlotFile(path, geometry))
@@ -175,7 +177,7 @@ class DiskTier:
         filled = nbytes = 0
         started = time.perf_counter()
         try:
-            with closing(self._ahead(self._get, jobs, len(jobs))) as arrived:
+            with closing(self._ahead(self._readers, self._get, jobs, len(jobs))) as arrived:
                 for job, got in zip(jobs, arrived, strict=True):
                     if not self._take(job, got):
                         break
@@ -193,7 +195,7 @@ class DiskTier:
         kept = nbytes = 0
         started = time.perf_counter()
         try:
-            with closing(self._ahead(self._put, map(self._frame, jobs), len(jobs))) as done:
+            with closing(self._ahead(self._writers, self._put, map(self._frame, jobs), len(jobs))) as done:
                 for job, whole in zip(jobs, done, strict=True):
                     if not whole:
                         break
@@ -215,7 +217,8 @@ class DiskTier:
 
     def close(self) -> None:
         """Let go of the files and their locks.  No verb may be running; later ones raise TierDown."""
-        self._pool.shutdown()
+        self._readers.shutdown()
+        self._writers.shutdown()
         for file in self._files:
             file.close()
 
@@ -247,11 +250,11 @@ class DiskTier:
         return self._files[slot % len(self._files)], slot // len(self._files)
 
     def _ahead(
-        self, move: Callable[["_Job"], T], jobs: Iterable["_Job"], count: int
+        self, pool: ThreadPoolExecutor, move: Callable[["_Job"], T], jobs: Iterable["_Job"], count: int
     ) -> Generator[T, None, None]:
         """`move` of each job in order, with the next ones under way while the caller deals with one.
 
-        Closing it waits for what is under way: the buffers are the caller's again.
+        Closing it waits for what is under way: the buffers are the caller's again.  Raises TierDown.
         """
         if count == 1:  # nothing to overlap with
             yield from map(move, jobs)
@@ -259,19 +262,13 @@ class DiskTier:
         flying: deque[Future[T]] = deque()
         try:
             for job in jobs:
-                flying.append(self._submit(move, job))
+                flying.append(_submit(pool, move, job))
                 if len(flying) > _AHEAD * len(self._files):
                     yield flying.popleft().result()
             while flying:
                 yield flying.popleft().result()
         finally:
             wait([future for future in flying if not future.cancel()])
-
-    def _submit(self, move: Callable[["_Job"], T], job: "_Job") -> "Future[T]":
-        try:
-            return self._pool.submit(move, job)
-        except RuntimeError as exc:  # closed, or no thread to be had
-            raise TierDown(f"disk tier: {exc}") from exc
 
     def _take(self, job: "_Job", got: int) -> bool:
         """Whether what was read into a job's memory is its chunk; anything damaged is dropped."""
@@ -342,3 +339,10 @@ class _Job(NamedTuple):
     slot: int  # within the file
     scratch: memoryview
     vector: list[memoryview]
+
+
+def _submit(pool: ThreadPoolExecutor, move: Callable[[_Job], T], job: _Job) -> "Future[T]":
+    try:
+        return pool.submit(move, job)
+    except RuntimeError as exc:  # closed, or no thread to be had
+        raise TierDown(f"disk tier: {exc}") from exc
