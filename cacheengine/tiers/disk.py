@@ -342,7 +342,21 @@ class _Job(NamedTuple):
 
 
 def _submit(pool: ThreadPoolExecutor, move: Callable[[_Job], T], job: _Job) -> "Future[T]":
+    """Raises TierDown when the pool is closed or has no thread to give."""
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        if answer.set_running_or_notify_cancel():
+            try:
+                answer.set_result(move(job))
+            except BaseException as exc:  # noqa: BLE001 (handed on, as by a pool's own future)
+                answer.set_exception(exc)
+
     try:
-        return pool.submit(move, job)
-    except RuntimeError as exc:  # closed, or no thread to be had
-        raise TierDown(f"disk tier: {exc}") from exc
+        pool.submit(run)
+    except RuntimeError as exc:
+        # A pool that cannot start a thread keeps the call it has refused, and would make it later, into
+        # memory that is the caller's again.  Cancelled, it does nothing; taken by another thread, it counts.
+        if answer.cancel():
+            raise TierDown(f"disk tier: {exc}") from exc
+    return answer

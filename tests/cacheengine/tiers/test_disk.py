@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -261,6 +262,7 @@ def test_a_medium_that_takes_no_more_keeps_fewer_and_heals(tier: DiskTier):
 
 ON_A_MOUNT = """
 import sys
+import threading
 from pathlib import Path
 from cacheengine.config import ConfigError
 from tests.cacheengine.tiers.kit import blank, chunks, disk_tier
@@ -301,3 +303,19 @@ def test_on_a_mount_of_its_own(tmp_path: Path, kind: str, options: str, said: st
     )
     assert said in ran.stdout + ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_a_read_that_no_thread_could_start_never_comes_later(tier: DiskTier):
+    refs, data = chunks(4)
+    for one, view in zip(refs, data, strict=True):  # one at a time needs no thread
+        assert tier.write([one], [view]) == 1
+    given_up, into = blank(2), blank(4)
+    usual = threading.stack_size(1 << 46)  # no address space holds such a stack
+    try:
+        with pytest.raises(TierDown, match="can't start new thread"):
+            tier.read(refs[:2], given_up)
+    finally:
+        threading.stack_size(usual)
+    assert tier.read(refs, into) == 4
+    assert into == data
+    assert given_up == blank(2)
