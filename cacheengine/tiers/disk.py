@@ -349,7 +349,7 @@ def _submit(pool: ThreadPoolExecutor, move: Callable[[_Job], T], job: _Job) -> "
         if answer.set_running_or_notify_cancel():
             try:
                 answer.set_result(move(job))
-            except BaseException as exc:  # noqa: BLE001 (handed on, as by a pool's own future)
+            except BaseException as exc:  # noqa: BLE001  handed on, as a pool would
                 answer.set_exception(exc)
 
     try:
