@@ -43,7 +43,7 @@ _PARTIAL = {
 }
 
 # Transfers under way on each device while the caller verifies or frames another chunk (docs/adr/0015).
-_AHEAD = 2
+_AHEAD = 3
 
 T = TypeVar("T")
 
@@ -173,7 +173,7 @@ class DiskTier:
         return len(refs)
 
     def read(self, refs: Sequence[Ref], into: Sequence[memoryview]) -> int:
-        jobs = [self._job(ref, view) for ref, view in zip(refs, into, strict=True)]
+        jobs = self._jobs(refs, into)
         filled = nbytes = 0
         started = time.perf_counter()
         try:
@@ -191,7 +191,7 @@ class DiskTier:
         return filled
 
     def write(self, refs: Sequence[Ref], data: Sequence[memoryview]) -> int:
-        jobs = [self._job(ref, view) for ref, view in zip(refs, data, strict=True)]
+        jobs = self._jobs(refs, data)
         kept = nbytes = 0
         started = time.perf_counter()
         try:
@@ -231,12 +231,18 @@ class DiskTier:
         except BadFrame:
             return False
 
-    def _job(self, ref: Ref, view: memoryview) -> "_Job":
+    def _jobs(self, refs: Sequence[Ref], views: Sequence[memoryview]) -> list["_Job"]:
+        scratch = pages(2 * max(1, len(refs)))
+        return [
+            self._job(ref, view, scratch[2 * i * PAGE : 2 * (i + 1) * PAGE])
+            for i, (ref, view) in enumerate(zip(refs, views, strict=True))
+        ]
+
+    def _job(self, ref: Ref, view: memoryview, scratch: memoryview) -> "_Job":
         """One slot's transfer: header page, payload, and a page for the payload's ragged end."""
         if not 0 < len(view) <= self._geometry.payload_bytes:
             raise ValueError(f"buffer of {len(view)} bytes, expected at most {self._geometry.payload_bytes}")
         file, slot = self._place(ref.slot)
-        scratch = pages(2)
         whole = len(view) // PAGE * PAGE  # the part moved without a bounce
         parts = (scratch[:PAGE], view[:whole], scratch[PAGE:])
         needed = (True, whole > 0, whole < len(view))
