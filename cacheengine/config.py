@@ -116,11 +116,14 @@ class CacheConfig(Config):
         "Leave it alone until `cairn status` shows the host tier full.",
     )
     disk_path: str = Field(
-        "", description="Directory of the disk tier; empty turns it off. Use a local NVMe file system."
+        "",
+        description="Directory of the disk tier; empty turns it off. Use a local NVMe file system. Several, "
+        "separated by commas, are striped: one on each device, with equal shares of disk_bytes.",
     )
     disk_bytes: ByteSize = Field(
         ByteSize(4 << 30),
-        description="Hard capacity of the disk tier per rank, preallocated. Only used when disk_path is set.",
+        description="Hard capacity of the disk tier per rank, over all its directories; preallocated. Only "
+        "used when disk_path is set.",
     )
     redis_url: str = Field(
         "",

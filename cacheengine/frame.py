@@ -65,11 +65,12 @@ def parse(
     header: bytes | memoryview,
     namespace: Namespace,
     key: ChunkKey | None,
-    length: int,
+    length: int | None,
     rank: int,
     world: int,
 ) -> FrameInfo:
-    """Check a header against what the reader expects; `key=None` takes any chunk of this namespace.
+    """Check a header against what the reader expects; `key=None` takes any chunk of this namespace,
+    `length=None` any length.
 
     Raises BadFrame with the first thing that is wrong.  Says nothing about the payload: see verify().
     """
@@ -93,7 +94,7 @@ def parse(
         raise BadFrame("another key")
     if info.codec != RAW:
         raise BadFrame(f"unknown codec {info.codec!r}")
-    if info.length != length:
+    if length is not None and info.length != length:
         raise BadFrame(f"length {info.length}, expected {length}")
     if (info.rank, info.world) != (rank, world):
         raise BadFrame(f"rank {info.rank} of {info.world}, expected {rank} of {world}")

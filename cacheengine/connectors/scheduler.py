@@ -13,7 +13,7 @@ from cacheengine.connectors.demoter import Demoter
 from cacheengine.connectors.geometry import served_name
 from cacheengine.connectors.planner import Geometry, Planner, Scheduled
 from cacheengine.connectors.tiers import (
-    disk_folder,
+    disk_folders,
     disk_slots,
     host_slots,
     redis_tier,
@@ -232,7 +232,7 @@ class SchedulerHalf:
         found: dict[int, Want] = {}
         for rank in range(self._ranks):
             headers = scan(
-                disk_folder(config),
+                disk_folders(config),
                 config.disk_bytes,
                 layout.payload_bytes,
                 layout.scheme.namespace,

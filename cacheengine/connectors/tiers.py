@@ -29,7 +29,7 @@ def host_slots(config: CacheConfig, layout: KVLayout) -> int:
 
 def disk_slots(config: CacheConfig, layout: KVLayout) -> int:
     """Raises ConfigError when not even one chunk fits."""
-    slots = slots_in(int(config.disk_bytes), layout.payload_bytes)
+    slots = slots_in(int(config.disk_bytes), layout.payload_bytes, len(disk_folders(config)))
     if slots < 1:
         raise ConfigError(
             f"disk_bytes={int(config.disk_bytes)} holds no chunk of {layout.payload_bytes} bytes; raise it"
@@ -44,8 +44,13 @@ def write_mode(config: CacheConfig) -> Write:
     return "idle" if current_platform.is_cpu() else "behind"
 
 
-def disk_folder(config: CacheConfig) -> Path:
-    return Path(config.disk_path).expanduser()
+def disk_folders(config: CacheConfig) -> tuple[Path, ...]:
+    """The folders of `disk_path`; slots are striped over them in this order.  Raises ConfigError for none."""
+    named = (name.strip() for name in config.disk_path.split(","))
+    folders = tuple(Path(name).expanduser() for name in named if name)
+    if not folders:
+        raise ConfigError(f"disk_path={config.disk_path!r} names no folder")
+    return folders
 
 
 def worker_id(config: CacheConfig) -> str:
@@ -78,7 +83,7 @@ def lower_tiers(
     """What one rank's mover reads from and writes to, each behind its own breaker, and its counters."""
     if config.disk_path:
         disk = DiskTier(
-            disk_folder(config),
+            disk_folders(config),
             int(config.disk_bytes),
             layout.payload_bytes,
             layout.scheme.namespace,

@@ -17,7 +17,7 @@ NAMESPACE = Namespace(digest(b"tests"))
 TOKENS = 256
 PAYLOAD = 3 * 4096 + 100  # ragged on purpose
 SLOTS = 8
-CAPACITY = 4096 + SLOTS * 5 * 4096
+CAPACITY = 2 * 4096 + SLOTS * (5 * 4096 + 128)  # superblock, first page of the header copies; slots, records
 
 
 def buffer(size: int = PAYLOAD, fill: bytes = b"") -> memoryview:
@@ -49,7 +49,7 @@ def blank(n: int) -> list[memoryview]:
 
 
 def disk_tier(path: Path, capacity: int = CAPACITY, namespace: Namespace = NAMESPACE) -> DiskTier:
-    return DiskTier(path, capacity, PAYLOAD, namespace, TOKENS, 0, 1)
+    return DiskTier([path], capacity, PAYLOAD, namespace, TOKENS, 0, 1)
 
 
 def redis_tier(

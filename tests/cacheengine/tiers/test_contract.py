@@ -101,13 +101,13 @@ def test_empty_batches_are_fine(tier: Tier):
     tier.drop([])
 
 
-def test_a_buffer_of_the_wrong_length_is_a_bug(tier: Tier):
-    short = payload(0, PAYLOAD - 1)
-    with pytest.raises(ValueError, match=f"buffer of {PAYLOAD - 1} bytes"):
-        tier.write([ref(0)], [short])
+def test_a_buffer_longer_than_a_chunk_is_a_bug(tier: Tier):
+    long = payload(0, PAYLOAD + 1)
+    with pytest.raises(ValueError, match=f"buffer of {PAYLOAD + 1} bytes"):
+        tier.write([ref(0)], [long])
     tier.write(*chunks(1))
-    with pytest.raises(ValueError, match=f"buffer of {PAYLOAD - 1} bytes"):
-        tier.read([ref(0)], [short])
+    with pytest.raises(ValueError, match=f"buffer of {PAYLOAD + 1} bytes"):
+        tier.read([ref(0)], [long])
 
 
 def test_a_ref_without_a_buffer_is_a_bug(tier: Tier):
