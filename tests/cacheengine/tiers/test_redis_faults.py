@@ -115,7 +115,7 @@ def test_a_server_that_refuses_is_down(refusal: bytes):
     ids=lambda script: repr(script[:24]),
 )
 def test_a_broken_conversation_is_down_and_starts_anew(script: bytes, valkey: Any):
-    with scripted(script, b"$-1\r\n") as server:
+    with scripted(script, b"$-1\r\n:0\r\n:0\r\n") as server:
         tier = redis_tier(server.url, timeout_ms=300)
         with pytest.raises(TierDown):
             tier.read([ref(0)], blank(1))
@@ -239,7 +239,8 @@ def test_passwords_and_databases_come_from_the_url_and_stay_out_of_messages(valk
 
 
 @pytest.mark.parametrize(
-    "url", ["http://x", "rediss://x", "redis://h:port", "redis://h/db", "localhost:6379"]
+    "url",
+    ["http://x", "rediss://x?ssl_ca_certs=/nowhere", "redis://h:port", "redis://h/db", "localhost:6379"],
 )
 def test_a_url_it_cannot_use_is_refused_at_once_without_repeating_it(url: str):
     with pytest.raises(ConfigError, match="redis_url") as refused:
