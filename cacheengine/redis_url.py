@@ -31,6 +31,9 @@ _PORTS = {"sentinel": 26379}
 _VERIFY = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
 _FALSE = {"0", "f", "false", "n", "no"}  # as redis-py reads them
 
+# What redis-py raises when servers do not answer; its Cluster has an exception of its own family.
+DOWN = (redis.RedisError, redis.exceptions.RedisClusterException)
+
 log = logging.getLogger(__name__)
 
 
@@ -141,7 +144,8 @@ def async_client(url: str, **options: Any) -> redis.asyncio.Redis:
         return redis.asyncio.Redis.from_url(url, **options)
     options = _given(parsed) | options
     hosts = [_target(address) for address in parsed.addresses]
-    sentinels: Any = AsyncSentinel(hosts, sentinel_kwargs=_theirs(parsed, options))  # type: ignore[no-untyped-call]
+    theirs = _theirs(parsed, options)
+    sentinels: Any = _AsyncSentinels(hosts, sentinel_kwargs=theirs)  # type: ignore[no-untyped-call]
     return cast(redis.asyncio.Redis, sentinels.master_for(parsed.service, **options, db=parsed.login.db))
 
 
@@ -149,6 +153,17 @@ _NO_INDEX = (
     "the chunk index does not work on a Redis Cluster yet: chunks are shared there, routing is by hashing, "
     "and the gateway knows only the workers it is told of"
 )
+
+
+class _AsyncSentinels(AsyncSentinel):
+    """Hangs up after each question: redis-py would keep these connections open for ever."""
+
+    async def discover_master(self, service_name: str) -> Any:
+        try:
+            return await super().discover_master(service_name)
+        finally:
+            for sentinel in self.sentinels:
+                await sentinel.aclose()
 
 
 def index_url(url: str) -> str:

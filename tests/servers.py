@@ -208,6 +208,14 @@ class Sentinels:
             return False
         return (seen["num-slaves"], seen["num-other-sentinels"]) == (1, 2)
 
+    @contextlib.contextmanager
+    def first_sentinel_frozen(self) -> Iterator[None]:
+        os.kill(self._watching[0].pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self._watching[0].pid, signal.SIGCONT)
+
     def flush(self) -> None:
         """For tests that fail nothing over."""
         self.master.flush()

@@ -287,8 +287,9 @@ class RedisTier:
 
 
 def escape(model: str) -> str:
-    """A model name as it appears in keys: `@`, `%` and white space percent-encoded."""
-    return "".join(quote(c, safe="") if c in "@%" or c.isspace() else c for c in model)
+    """A model name as it appears in keys: percent-encoded where it would break the key apart, or the shell
+    lines people pipe keys through."""
+    return "".join(quote(c, safe="") if c in "@%'\"\\" or c.isspace() else c for c in model)
 
 
 def _flat(**facts: object) -> list[bytes]:

@@ -119,6 +119,24 @@ def start(valkey: ValkeyServer) -> Iterator[Callable[..., Worker]]:
         assert not worker.writer._thread.is_alive()
 
 
+@pytest.mark.e2e
+def test_the_index_follows_a_failover(failing_over: Any):
+    worker = Worker(failing_over.url)
+    worker.say(PROMPT, HOST)
+    worker.writer.start()
+    loop = Loop(failing_over.url, deadline_ms=2000)
+    try:
+        wait_until(lambda: "w1" in loop.fleet())
+        failing_over.master.kill()
+        wait_until(lambda: not loop.down(PROMPT) and bool(loop.holders(PROMPT)))
+        assert loop.holders(PROMPT)[worker.name].host == len(PROMPT)
+        with failing_over.replica.client() as promoted:
+            assert promoted.role()[0] == b"master"
+    finally:
+        worker.writer.close()
+        loop.close()
+
+
 def reads(valkey: ValkeyServer) -> int:
     """How many hashes were read since the server was started, by whatever command."""
     with valkey.client() as client:
