@@ -172,6 +172,7 @@ class Stage:
         """What a write must find: nothing."""
         self.tier.drop(self.refs[n : n + 1])
         self.client.delete(f"py{n}")
+        time.sleep(0.005)  # the server frees values on another thread
 
     def close(self) -> None:
         self.tier.close()
