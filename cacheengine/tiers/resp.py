@@ -10,7 +10,7 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cacheengine.errors import TierDown
@@ -113,13 +113,21 @@ class Connection:
             raise self._down(f"a bulk reply expected, got {kind!r}")
         return self._length(rest, _MAX_BULK)
 
-    def receive_into(self, view: memoryview) -> None:
-        """Fill `view`: what was read ahead is copied, the rest comes straight from the kernel."""
+    def receive_into(self, view: memoryview, seen: Callable[[memoryview], object] | None = None) -> None:
+        """Fill `view`: what was read ahead is copied, the rest comes straight from the kernel.
+
+        `seen` is called with each piece that arrived, in order, while the server sends the next.
+        """
         ahead = min(len(view), self._end - self._start)
         view[:ahead] = self._view[self._start : self._start + ahead]
         self._start += ahead
+        if seen:
+            seen(view[:ahead])
         while ahead < len(view):
-            ahead += self._recv_into(view[ahead:])
+            count = self._recv_into(view[ahead:])
+            if seen:
+                seen(view[ahead : ahead + count])
+            ahead += count
 
     def skip(self, length: int) -> None:
         """Read `length` bytes and forget them."""
