@@ -2,8 +2,10 @@
 
 The question: how near is the shared tier to the socket under it, and what does it save over redis-py?
 The ceiling: the same bytes between two plain processes over the same kind of socket, sendmsg on one side,
-recv_into on the other, slots of the same arena at our end.  A read of the tier includes XXH3 over what came;
-a write includes it too, and Redis's own malloc of every value, which the plain receiver does not need.
+recv_into on the other, slots of the same arena at our end.  `bare` is Redis's own ceiling: GET or SET over a
+plain socket and nothing around it; no client can be faster.  The tier adds XXH3 over every chunk, and to a
+write the look whether the chunk is there, and its metadata.  redis-py's get() leaves a fresh bytes object,
+unchecked, which a tier would still have to copy.
 
 One connection, one thread, chunks of 6 MB, 16 of them in turn (more than the caches hold); everybody takes
 turns, round by round, so a noisy second hurts all.  Figures are medians; the ratio is of medians.
@@ -131,6 +133,10 @@ class Stage:
         )
         self.client = redis.Redis.from_url(url)
         self.wire = wire
+        self.bare = self.client.connection_pool.make_connection()
+        self.bare.connect()
+        reply_bytes = CHUNK_BYTES + len(b"$%d\r\n\r\n" % CHUNK_BYTES)
+        self.replies = [memoryview(bytearray(reply_bytes)) for _ in range(CHUNKS)]
         self.tier.write(self.refs, self.slots)
         for n in range(CHUNKS):
             self.client.set(f"py{n}", self.slots[n].tobytes())
@@ -138,9 +144,24 @@ class Stage:
     def readers(self) -> dict[str, Verb]:
         return {
             "plain": lambda n: (self.wire.sendall(b"r"), receive_all(self.wire, self.slots[n])),
+            "bare": self.bare_get,
             "tier": lambda n: self.tier.read(self.refs[n : n + 1], self.slots[n : n + 1]),
             "redis-py": lambda n: self.client.get(f"py{n}"),
         }
+
+    def bare_get(self, n: int) -> None:
+        """What Redis itself can do: GET with nothing around it, its bytes left unread."""
+        name = b"py%d" % n
+        self.bare._sock.sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(name), name))
+        receive_all(self.bare._sock, self.replies[n])
+
+    def bare_set(self, n: int) -> None:
+        name = b"py%d" % n
+        head = b"*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(name), name, CHUNK_BYTES)
+        self.bare._sock.sendall(head)
+        send_all(self.bare._sock, self.slots[n])
+        self.bare._sock.sendall(b"\r\n")
+        receive_all(self.bare._sock, self.replies[n][:5])
 
     def many(self) -> dict[str, Verb]:
         """Half of the chunks in one call."""
@@ -164,6 +185,7 @@ class Stage:
 
         return {
             "plain": plain,
+            "bare": self.bare_set,
             "tier": lambda n: self.tier.write(self.refs[n : n + 1], self.slots[n : n + 1]),
             "redis-py": redis_py,
         }
@@ -175,6 +197,7 @@ class Stage:
         time.sleep(0.005)  # the server frees values on another thread
 
     def close(self) -> None:
+        self.bare.disconnect()
         self.tier.close()
         self.client.close()
 
