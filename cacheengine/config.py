@@ -127,8 +127,9 @@ class CacheConfig(Config):
     )
     redis_url: str = Field(
         "",
-        description="Redis or Valkey that workers share (redis:// or unix://); empty turns the shared tier "
-        "and the chunk index off. Put it in CAIRN_REDIS_URL, not in argv, when it holds a password.",
+        description="Redis or Valkey that workers share (redis://, rediss://, unix://, redis-sentinel:// or "
+        "redis-cluster://); empty turns the shared tier and the chunk index off. Put it in CAIRN_REDIS_URL, "
+        "not in argv, when it holds a password.",
     )
     redis_ttl_seconds: Positive = Field(
         86_400, description="Expiry of shared chunks in seconds. Leave it alone unless models change daily."

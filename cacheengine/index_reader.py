@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import redis.asyncio
-from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
@@ -21,6 +21,7 @@ from redis.exceptions import NoScriptError, RedisError
 from cacheengine.errors import IndexDown
 from cacheengine.index_schema import FLEET, Depths, Lease, WorkerInfo, chunk_name, holder_of, lease_name
 from cacheengine.keys import ChunkKey, Namespace
+from cacheengine.redis_url import async_client
 
 log = logging.getLogger(__name__)
 
@@ -99,9 +100,8 @@ class IndexReader:
 
     def __init__(self, url: str, deadline_ms: float = 2.0) -> None:
         self._deadline = deadline_ms / 1000
-        self._pool = ConnectionPool.from_url(
-            url, socket_timeout=None, socket_connect_timeout=PROBE_SECONDS, protocol=2
-        )
+        client = async_client(url, socket_timeout=None, socket_connect_timeout=PROBE_SECONDS, protocol=2)
+        self._pool = client.connection_pool
         self._line: _Line | None = None
         self._sha = ""
         self._misses = 0
@@ -221,7 +221,7 @@ class Fleet:
     """Reads the leases: who is alive, where, and how busy."""
 
     def __init__(self, url: str) -> None:
-        self._client = redis.asyncio.Redis.from_url(
+        self._client = async_client(
             url,
             socket_timeout=FLEET_SECONDS,
             socket_connect_timeout=FLEET_SECONDS,

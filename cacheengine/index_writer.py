@@ -18,6 +18,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from cacheengine import redis_url
 from cacheengine.index_schema import (
     FLEET,
     SEPARATOR,
@@ -148,7 +149,7 @@ class IndexWriter:
                 self._changed.wait_for(lambda: self._closing, delay)
 
     def _connect(self) -> redis.Redis:
-        client = redis.Redis.from_url(
+        client = redis_url.client(
             self._url,
             socket_timeout=SOCKET_SECONDS,
             socket_connect_timeout=SOCKET_SECONDS,

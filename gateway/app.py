@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from cacheengine.index import Fleet, IndexReader
+from cacheengine.redis_url import index_url
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.errors import error_body
@@ -38,8 +39,9 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
     )
     carrier = transport or httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
     http = httpx.AsyncClient(trust_env=False)  # health checks and handshakes, never a client's request
-    fleet = Fleet(config.redis_url) if config.redis_url else None
-    index = IndexReader(config.redis_url, config.index_deadline_ms) if config.redis_url else None
+    url = index_url(config.redis_url)
+    fleet = Fleet(url) if url else None
+    index = IndexReader(url, config.index_deadline_ms) if url else None
     board = LoadBoard()
     registry = Registry(http, fleet, config.static_workers(), on_leave=board.forget)
     router = Router(registry, board, index, config.policy, on_decision=metrics.decided)

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "cacheengine.errors": set(),
     "cacheengine.config": set(),
     "cacheengine.metrics": set(),
+    "cacheengine.redis_url": WORDS,
     "cacheengine.plan": WORDS,
     "cacheengine.evict": WORDS,
     "cacheengine.shelf": {"cacheengine.evict", "cacheengine.plan", *WORDS},
@@ -30,18 +31,20 @@ MAY_IMPORT = {
     },
     "cacheengine.index": {*INDEX, *WORDS},
     "cacheengine.index_schema": WORDS,
-    "cacheengine.index_reader": {*INDEX, *WORDS},
-    "cacheengine.index_writer": {*INDEX, *WORDS},
-    "cacheengine.tiers": {"cacheengine.tiers", "cacheengine.tier", "cacheengine.frame", *WORDS},
+    "cacheengine.index_reader": {"cacheengine.redis_url", *INDEX, *WORDS},
+    "cacheengine.index_writer": {"cacheengine.redis_url", *INDEX, *WORDS},
+    "cacheengine.tiers": {
+        "cacheengine.tiers", "cacheengine.tier", "cacheengine.frame", "cacheengine.redis_url", *WORDS,
+    },
     "cacheengine.connectors": {"cacheengine"},
     "cacheengine": {
         "cacheengine.arena", "cacheengine.build", "cacheengine.layout", "cacheengine.ops", "cacheengine.plan",
         "cacheengine.tier", *WORDS,
     },
     "router": {"router", *INDEX, *WORDS},
-    "gateway": {"gateway", "router", "cacheengine.metrics", *INDEX, *WORDS},
+    "gateway": {"gateway", "router", "cacheengine.metrics", "cacheengine.redis_url", *INDEX, *WORDS},
     # the launcher sits beside the gateway: it builds what the engine loads and checks what it needs
-    "gateway.launch": {"gateway.launch", "cacheengine.build", *WORDS},
+    "gateway.launch": {"gateway.launch", "cacheengine.build", "cacheengine.redis_url", *WORDS},
     "gateway.launch.serve": {"gateway.app", "gateway.config", "gateway.launch", *WORDS},
 }  # fmt: skip
 # The plan said 9,400, without the launcher (`make up`, `cairn status` and `doctor`: 1,900 lines).  Then came

@@ -5,31 +5,31 @@
 
 The bytes are written first and both expire, so metadata without bytes means the bytes were evicted (it is
 deleted when met), and bytes without metadata may be a write in progress (left alone; the next write completes
-them).  Both are misses.  Trust is in the frame, never in the metadata.  Redis or Valkey, standalone: a
-Cluster answers -MOVED, which is TierDown.
+them).  Neither counts for prefix().  Trust is in the frame, never in the metadata.  A read renews what it
+found.  Every command names one key, so the two keys of a chunk may live on two nodes of a Cluster.
 """
 
 import logging
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from urllib.parse import quote
+
+from xxhash import xxh3_64
 
 from cacheengine import frame
 from cacheengine.errors import BadFrame, TierDown
 from cacheengine.frame import HEADER_BYTES, FrameInfo
 from cacheengine.keys import ChunkKey, Namespace
 from cacheengine.tier import Ref
-from cacheengine.tiers.resp import Connection, ErrorReply, Reply, address_of
+from cacheengine.tiers.redis_pool import Pool, Session, Ticket
+from cacheengine.tiers.resp import Command, ErrorReply, Reply
 from cacheengine.tiers.stats import TierStats
 
 FORMAT = f"cairn-frame-{frame.VERSION}"
-_WINDOW = 4  # chunks under way on one connection: hides the round trip, bounds what the server must buffer
+_WINDOW = 4  # chunks under way: hides the round trip, bounds what the server must buffer
 _SLOWEST_BYTES_PER_SECOND = 50e6  # a deadline grows by this much per byte moved
-_BACKOFF_SECONDS = (0.1, 2.0)  # between attempts to connect: first, longest
-_PUT_REPLIES = 5  # SET, MULTI, HSET, EXPIRE, EXEC
 
 log = logging.getLogger(__name__)
 
@@ -69,21 +69,22 @@ class RedisTier:
         self._prefix = f"{escape(model)}@{world}@{rank}@"
         self._ttl = b"%d" % ttl_seconds
         self._timeout = timeout_ms / 1000
-        self._pool = _Pool(url, connections)
+        self._pool = Pool(url, connections)
         self._facts = _flat(
-            model_name=model, format=FORMAT, world_size=world, worker_id=worker_id, tokens=tokens,
-            dtype=dtype, layout=layout, bytes=HEADER_BYTES + payload_bytes,
+            model_name=model, format=FORMAT, world_size=world, worker_id=worker_id,
+            dtype=dtype, layout=layout,
         )  # fmt: skip
 
     def prefix(self, refs: Sequence[Ref]) -> int:
         if not refs:
             return 0
-        with self._connection(0) as conn:
-            conn.send(*((b"EXISTS", name) for ref in refs for name in self._names(ref.key)))
-            answers = [(conn.reply(), conn.reply()) for _ in refs]
-            self._forget(conn, [ref for ref, answer in zip(refs, answers, strict=True) if answer == (1, 0)])
-            here = next((i for i, answer in enumerate(answers) if answer != (1, 1)), len(refs))
-            if here < len(refs) and (refusal := _first_error(answers[here])):
+        with self._session(0) as session:
+            names = [name for ref in refs for name in self._names(ref.key)]
+            answers = session.call([(name, (b"EXISTS", name)) for name in names])
+            pairs = list(zip(answers[::2], answers[1::2], strict=True))
+            self._forget(session, [ref for ref, pair in zip(refs, pairs, strict=True) if pair == (1, 0)])
+            here = next((i for i, pair in enumerate(pairs) if pair != (1, 1)), len(refs))
+            if here < len(refs) and (refusal := _first_error(pairs[here])):
                 return self._refused(here, refusal)
         return here
 
@@ -91,66 +92,52 @@ class RedisTier:
         self._check(refs, into)
         if not refs:
             return 0
-        filled = sent = 0
+        filled: list[FrameInfo] = []
         started = time.perf_counter()
-        with self._connection(len(refs)) as conn:
-            answer: FrameInfo | ErrorReply | BadFrame | None = None
-            for ref, view in zip(refs, into, strict=True):
-                burst = refs[sent : filled + _WINDOW]
-                conn.send(*((b"GET", self._names(ahead.key)[1]) for ahead in burst))
-                sent += len(burst)
-                answer = self._receive(conn, ref, view)
-                if not isinstance(answer, FrameInfo):
-                    _drain(conn, sent - filled - 1)
-                    break
-                filled += 1
+        try:
+            with self._session(sum(map(len, into))) as session:
+                end = self._fill(session, refs, into, filled)
+                if isinstance(end, BadFrame):
+                    log.warning("redis tier dropped %s: %s", refs[len(filled)].key.hex(), end)
+                    self.stats.add(bad_frames=1)
+                    self._forget(session, [refs[len(filled)]])
+                if isinstance(end, ErrorReply):
+                    self._refused(len(filled), end)
+        except TierDown as exc:
+            if not filled:
+                raise
+            log.warning("redis tier read %d of %d chunks: %s", len(filled), len(refs), exc)
+        finally:
             self.stats.add(
-                hits=filled,
-                misses=int(filled < len(refs)),
-                bytes_read=filled * self._payload_bytes,
+                hits=len(filled),
+                misses=int(len(filled) < len(refs)),
+                bytes_read=sum(info.length for info in filled),
                 read_seconds=time.perf_counter() - started,
             )
-            if isinstance(answer, BadFrame):
-                log.warning("redis tier dropped %s: %s", refs[filled].key.hex(), answer)
-                self.stats.add(bad_frames=1)
-                self._forget(conn, [refs[filled]])
-            if isinstance(answer, ErrorReply):
-                return self._refused(filled, answer)
-        return filled
+        return len(filled)
 
     def write(self, refs: Sequence[Ref], data: Sequence[memoryview]) -> int:
         self._check(refs, data)
         if not refs:
             return 0
         started = time.perf_counter()
-        with self._connection(len(refs)) as conn:
-            todo = self._absent(conn, refs)
-            sent = done = 0
-            refusal = None
-            while done < sent or (sent < len(todo) and not refusal):
-                if sent < len(todo) and sent - done < _WINDOW and not refusal:
-                    self._put(conn, refs[todo[sent]], data[todo[sent]])
-                    sent += 1
-                    continue
-                error = _first_error([conn.reply() for _ in range(_PUT_REPLIES)])
-                if refusal or error:
-                    refusal = refusal or error
-                    sent -= 1  # not kept, or kept past a gap
-                else:
-                    done += 1
+        with self._session(sum(map(len, data))) as session:
+            todo = self._absent(session, refs)
+            done, refusal = self._put(session, [(refs[i], data[i]) for i in todo])
             self.stats.add(
-                bytes_written=done * self._payload_bytes, write_seconds=time.perf_counter() - started
+                bytes_written=sum(len(data[i]) for i in todo[:done]),
+                write_seconds=time.perf_counter() - started,
             )
             if refusal:
-                self._forget(conn, [refs[todo[done]]])
+                self._forget(session, [refs[todo[done]]])
                 return self._refused(todo[done], refusal)
         return len(refs)
 
     def drop(self, refs: Sequence[Ref]) -> None:
         if not refs:
             return
-        with self._connection(0) as conn:
-            if refusal := _first_error(self._unlink(conn, refs)):
+        with self._session(0) as session:
+            if refusal := _first_error(self._unlink(session, refs)):
                 self._refused(0, refusal)
 
     def close(self) -> None:
@@ -163,75 +150,135 @@ class RedisTier:
 
     def _check(self, refs: Sequence[Ref], buffers: Sequence[memoryview]) -> None:
         for _, buffer in zip(refs, buffers, strict=True):
-            if len(buffer) != self._payload_bytes:
-                raise ValueError(f"buffer of {len(buffer)} bytes, expected {self._payload_bytes}")
+            if not 0 < len(buffer) <= self._payload_bytes:
+                raise ValueError(f"buffer of {len(buffer)} bytes, expected 1 to {self._payload_bytes}")
 
     @contextmanager
-    def _connection(self, chunks: int) -> Iterator[Connection]:
-        seconds = self._timeout + chunks * self._payload_bytes / _SLOWEST_BYTES_PER_SECOND
+    def _session(self, nbytes: int) -> Iterator[Session]:
+        seconds = self._timeout + nbytes / _SLOWEST_BYTES_PER_SECOND
         try:
-            with self._pool.borrow(time.monotonic() + seconds) as conn:
-                yield conn
+            with self._pool.session(time.monotonic() + seconds) as session:
+                yield session
         except TierDown:
             self.stats.add(errors=1)
             raise
 
+    def _fill(
+        self, session: Session, refs: Sequence[Ref], into: Sequence[memoryview], filled: list[FrameInfo]
+    ) -> ErrorReply | BadFrame | None:
+        """Read chunks in order, adding to `filled`; say what ended it, None for a miss or the end.
+
+        The last burst of GETs carries what renews the chunks' expiry, so that costs no round trip of its own.
+        """
+        under_way: deque[Ticket] = deque()
+        renewals: list[Ticket] = []
+        end: FrameInfo | ErrorReply | BadFrame | None = None
+        while (here := len(filled)) < len(refs):
+            names = [self._names(ref.key)[1] for ref in refs[here : here + _WINDOW]]
+            burst: list[tuple[bytes, Command]] = [(name, (b"GET", name)) for name in names[len(under_way) :]]
+            last = bool(burst) and here + _WINDOW >= len(refs)
+            tickets = session.ask(burst + self._renewals(refs) if last else burst)
+            under_way.extend(tickets[: len(burst)])
+            renewals += tickets[len(burst) :]
+            end = self._receive(session, under_way.popleft(), refs[here], into[here])
+            if isinstance(end, FrameInfo):
+                filled.append(end)
+                continue
+            session.discard(under_way)
+            under_way.clear()
+            if not session.follow(end, names[0]):
+                break
+        if filled and not renewals:
+            renewals = session.ask(self._renewals(refs[: len(filled)]))
+        session.answers(renewals)
+        return None if isinstance(end, FrameInfo) else end
+
     def _receive(
-        self, conn: Connection, ref: Ref, view: memoryview
+        self, session: Session, ticket: Ticket, ref: Ref, view: memoryview
     ) -> FrameInfo | ErrorReply | BadFrame | None:
         """The reply to one GET, read to its end whatever it says, so the connection stays in step."""
+        conn = session.bulk(ticket)
         length = conn.bulk_length()
         if isinstance(length, ErrorReply) and length.code == "WRONGTYPE":
             return BadFrame("not a string")
         if not isinstance(length, int):
             return length
-        if length != HEADER_BYTES + self._payload_bytes:
+        if length != HEADER_BYTES + len(view):
             conn.skip(length)
             conn.end_bulk()
             return BadFrame(f"value of {length} bytes")
         header = bytearray(HEADER_BYTES)
+        checksum = xxh3_64()
         conn.receive_into(memoryview(header))
-        conn.receive_into(view)
+        conn.receive_into(view, checksum.update)  # what has just arrived is still in the CPU's caches
         conn.end_bulk()
         try:
-            info = frame.parse(
-                bytes(header), self._namespace, ref.key, self._payload_bytes, self._rank, self._world
-            )
-            frame.verify(info, view)
+            info = frame.parse(bytes(header), self._namespace, ref.key, len(view), self._rank, self._world)
         except BadFrame as exc:
             return exc
-        return info
+        return info if checksum.intdigest() == info.checksum else BadFrame("payload checksum")
 
-    def _absent(self, conn: Connection, refs: Sequence[Ref]) -> list[int]:
+    def _renewals(self, refs: Sequence[Ref]) -> list[tuple[bytes, Command]]:
+        return [(name, (b"EXPIRE", name, self._ttl)) for ref in refs for name in self._names(ref.key)]
+
+    def _absent(self, session: Session, refs: Sequence[Ref]) -> list[int]:
         """Which refs must be sent.  What is whole already gets a fresh TTL instead of megabytes."""
-        conn.send(*((b"EXPIRE", name, self._ttl) for ref in refs for name in self._names(ref.key)))
-        answers = [(conn.reply(), conn.reply()) for _ in refs]
-        return [i for i, answer in enumerate(answers) if answer != (1, 1)]
+        answers = session.call(self._renewals(refs))
+        return [i for i in range(len(refs)) if answers[2 * i : 2 * i + 2] != [1, 1]]
 
-    def _put(self, conn: Connection, ref: Ref, view: memoryview) -> None:
-        """Send bytes, then metadata with its TTL in one transaction: _PUT_REPLIES replies."""
+    def _put(
+        self, session: Session, chunks: Sequence[tuple[Ref, memoryview]]
+    ) -> tuple[int, ErrorReply | None]:
+        """Send chunks; return how many leading ones are whole there, and the refusal that ended it.
+
+        A chunk's metadata is sent when its bytes are known to be stored, behind the bytes of later chunks.
+        """
+        under_way: deque[tuple[Ticket, list[tuple[bytes, Command]]]] = deque()
+        about: list[Ticket] = []
+        refusal: ErrorReply | None = None
+        for i in range(len(chunks) + _WINDOW):
+            if i < len(chunks) and not refusal:
+                value, facts = self._commands(*chunks[i])
+                under_way.append((session.ask([value])[0], facts))
+            if under_way and (refusal or i >= _WINDOW - 1):
+                ticket, facts = under_way.popleft()
+                error = _first_error(session.answers([ticket]))
+                refusal = refusal or error
+                if not refusal:
+                    about += session.ask(facts)
+        stored = len(about) // 2
+        answers = session.answers(about)
+        for i in range(stored):
+            if error := _first_error(answers[2 * i : 2 * i + 2]):
+                return i, error
+        return stored, refusal
+
+    def _commands(
+        self, ref: Ref, view: memoryview
+    ) -> tuple[tuple[bytes, Command], list[tuple[bytes, Command]]]:
+        """What stores a chunk's bytes, and what stores its metadata: each a key and a command about it."""
         meta, data = self._names(ref.key)
+        tokens = self._tokens * len(view) // self._payload_bytes
         header = frame.pack(
-            self._namespace, ref.key, ref.parent, ref.root, view, self._tokens, self._rank, self._world
+            self._namespace, ref.key, ref.parent, ref.root, view, tokens, self._rank, self._world
         )
-        about = _flat(checksum=f"{frame.payload_checksum(header):016x}", created=int(time.time()))
-        conn.send(
-            (b"SET", data, (header, view), b"EX", self._ttl),
-            (b"MULTI",),
-            (b"HSET", meta, *self._facts, *about),
-            (b"EXPIRE", meta, self._ttl),
-            (b"EXEC",),
-        )
+        facts = _flat(
+            tokens=tokens, bytes=HEADER_BYTES + len(view),
+            checksum=f"{frame.payload_checksum(header):016x}", created=int(time.time()),
+        )  # fmt: skip
+        return (data, (b"SET", data, (header, view), b"EX", self._ttl)), [
+            (meta, (b"HSET", meta, *self._facts, *facts)),
+            (meta, (b"EXPIRE", meta, self._ttl)),
+        ]
 
-    def _unlink(self, conn: Connection, refs: Sequence[Ref]) -> list[Reply]:
-        conn.send(*((b"UNLINK", *self._names(ref.key)) for ref in refs))
-        return [conn.reply() for _ in refs]
+    def _unlink(self, session: Session, refs: Sequence[Ref]) -> list[Reply]:
+        return session.call([(name, (b"UNLINK", name)) for ref in refs for name in self._names(ref.key)])
 
-    def _forget(self, conn: Connection, refs: Sequence[Ref]) -> None:
+    def _forget(self, session: Session, refs: Sequence[Ref]) -> None:
         """Best effort: what cannot be deleted now will be met again, or expire."""
         if refs:
             with suppress(TierDown):
-                self._unlink(conn, refs)
+                self._unlink(session, refs)
 
     def _refused(self, done: int, error: ErrorReply) -> int:
         """A server that refuses the very first chunk is down, unless it is merely full."""
@@ -241,76 +288,10 @@ class RedisTier:
         return done
 
 
-class _Pool:
-    """A fixed number of connections, made when needed, each used by one thread at a time."""
-
-    def __init__(self, url: str, connections: int) -> None:
-        self._address = address_of(url)
-        self.where = self._address.where
-        self._lock = threading.Lock()  # guards what follows
-        self._idle: queue.LifoQueue[Connection | None] = queue.LifoQueue()
-        for _ in range(connections):
-            self._idle.put(None)
-        self._closed = False
-        self._pause = _BACKOFF_SECONDS[0]
-        self._retry_at = 0.0
-
-    @contextmanager
-    def borrow(self, deadline: float) -> Iterator[Connection]:
-        """A connection in step, to be left in step; one that is left by an exception is closed."""
-        try:
-            idle = self._idle.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            raise TierDown(f"redis {self.where}: all connections are busy") from None
-        conn: Connection | None = None
-        whole = False
-        try:
-            conn = self._usable(idle, deadline)
-            yield conn
-            whole = True
-        finally:
-            with self._lock:
-                if conn and not (whole and not self._closed):
-                    conn.close()
-                    conn = None
-                self._idle.put(conn)
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            with suppress(queue.Empty):
-                for _ in range(self._idle.qsize()):
-                    if conn := self._idle.get_nowait():
-                        conn.close()
-            self._idle.put(None)  # whoever comes now or waits is told, one after the other
-
-    def _usable(self, idle: Connection | None, deadline: float) -> Connection:
-        if idle and not self._closed:
-            idle.deadline = deadline
-            if not idle.stale:
-                return idle
-        if idle:
-            idle.close()
-        with self._lock:
-            if self._closed:
-                raise TierDown(f"redis {self.where}: closed")
-            if time.monotonic() < self._retry_at:
-                raise TierDown(f"redis {self.where}: waiting to reconnect")
-        try:
-            conn = Connection(self._address, deadline - time.monotonic())
-        except TierDown:
-            with self._lock:
-                self._retry_at = time.monotonic() + self._pause
-                self._pause = min(2 * self._pause, _BACKOFF_SECONDS[1])
-            raise
-        with self._lock:
-            self._retry_at, self._pause = 0.0, _BACKOFF_SECONDS[0]
-        return conn
-
-
 def escape(model: str) -> str:
-    """A model name as it appears in keys: `@`, `%` and white space percent-encoded."""
-    return "".join(quote(c, safe="") if c in "@%" or c.isspace() else c for c in model)
+    """A model name as it appears in keys: percent-encoded where it would break the key apart, or the shell
+    lines people pipe keys through."""
+    return "".join(quote(c, safe="") if c in "@%'\"\\" or c.isspace() else c for c in model)
 
 
 def _flat(**facts: object) -> list[bytes]:
@@ -319,19 +300,4 @@ def _flat(**facts: object) -> list[bytes]:
 
 
 def _first_error(replies: Sequence[Reply]) -> ErrorReply | None:
-    """The first refusal among replies, looking into EXEC's list too."""
-    for reply in replies:
-        if isinstance(reply, ErrorReply):
-            return reply
-        if isinstance(reply, list) and (inner := _first_error(reply)):
-            return inner
-    return None
-
-
-def _drain(conn: Connection, replies: int) -> None:
-    """Read GET replies nobody wants any more."""
-    for _ in range(replies):
-        length = conn.bulk_length()
-        if isinstance(length, int):
-            conn.skip(length)
-            conn.end_bulk()
+    return next((reply for reply in replies if isinstance(reply, ErrorReply)), None)

@@ -8,13 +8,13 @@ closes itself and raises TierDown; there is no way to read on.
 
 import select
 import socket
+import ssl
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from urllib.parse import parse_qs, unquote, urlsplit
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from cacheengine.config import ConfigError
 from cacheengine.errors import TierDown
+from cacheengine.redis_url import Address, address_of
 
 _BUFFER_BYTES = (
     16 << 10
@@ -40,42 +40,6 @@ class ErrorReply:
 Reply = int | bytes | ErrorReply | list["Reply"] | None
 # An argument given as several buffers is their concatenation, never copied together.
 Command = Sequence[bytes | Sequence[bytes | memoryview]]
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a URL points.  `where` is safe to log, and so is the repr: neither has the password."""
-
-    target: tuple[str, int] | str  # host and port, or the path of a unix socket
-    user: str
-    password: str = field(repr=False)
-    db: int
-    where: str
-
-
-def address_of(url: str) -> Address:
-    """`redis://[user:pass@]host[:port][/db]` or `unix://[user:pass@]/path[?db=0]`.
-
-    Of the query, `db`, `username` and `password` are read; other redis-py options are redis-py's.
-    Raises ConfigError; its text never contains the URL, which may hold a password.
-    """
-    try:
-        parts = urlsplit(url)
-        query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-        user = unquote(parts.username or "") or query.get("username", "")
-        password = unquote(parts.password or "") or query.get("password", "")
-        path = unquote(parts.path)
-        db = int(query.get("db") or (parts.scheme == "redis" and path.strip("/")) or 0)
-        target = (parts.hostname or "127.0.0.1", parts.port or 6379)
-    except ValueError:
-        raise ConfigError("redis_url has a port or database that is not a number") from None
-    if parts.scheme == "unix":
-        if not path:
-            raise ConfigError("redis_url must give the socket's absolute path: unix:///path")
-        return Address(path, user, password, db, path)
-    if parts.scheme != "redis":
-        raise ConfigError("redis_url must start with redis:// or unix://")
-    return Address(target, user, password, db, f"{target[0]}:{target[1]}")
 
 
 def _encode(commands: Sequence[Command]) -> list[bytes | memoryview]:
@@ -123,7 +87,13 @@ class Connection:
             return True
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(0))
+        if not poll.poll(0):
+            return False
+        return not (isinstance(self._socket, ssl.SSLSocket) and _only_records(self._socket))
+
+    @property
+    def closed(self) -> bool:
+        return self._socket is None
 
     def send(self, *commands: Command) -> None:
         """Send commands in one go.  Large arguments are sent from where they lie."""
@@ -143,13 +113,21 @@ class Connection:
             raise self._down(f"a bulk reply expected, got {kind!r}")
         return self._length(rest, _MAX_BULK)
 
-    def receive_into(self, view: memoryview) -> None:
-        """Fill `view`: what was read ahead is copied, the rest comes straight from the kernel."""
+    def receive_into(self, view: memoryview, seen: Callable[[memoryview], object] | None = None) -> None:
+        """Fill `view`: what was read ahead is copied, the rest comes straight from the kernel.
+
+        `seen` is called with each piece that arrived, in order, while the server sends the next.
+        """
         ahead = min(len(view), self._end - self._start)
         view[:ahead] = self._view[self._start : self._start + ahead]
         self._start += ahead
+        if seen:
+            seen(view[:ahead])
         while ahead < len(view):
-            ahead += self._recv_into(view[ahead:])
+            count = self._recv_into(view[ahead:])
+            if seen:
+                seen(view[ahead : ahead + count])
+            ahead += count
 
     def skip(self, length: int) -> None:
         """Read `length` bytes and forget them."""
@@ -177,7 +155,7 @@ class Connection:
             sock = socket.create_connection(address.target, timeout=self._remaining())
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            return sock
+            return self._encrypted(sock, address.target[0]) if address.tls else sock
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.settimeout(self._remaining())
@@ -186,6 +164,15 @@ class Connection:
             sock.close()
             raise
         return sock
+
+    def _encrypted(self, sock: socket.socket, host: str) -> ssl.SSLSocket:
+        assert self._address.tls is not None
+        try:
+            sock.settimeout(self._remaining())
+            return self._address.tls.wrap_socket(sock, server_hostname=host)
+        except BaseException:
+            sock.close()
+            raise
 
     def _login(self) -> None:
         commands: list[list[bytes]] = []
@@ -274,8 +261,12 @@ class Connection:
     def _send_all(self, buffers: list[memoryview]) -> None:
         first = 0
         while first < len(buffers):
+            sock = self._ready()
             try:
-                sent = self._ready().sendmsg(buffers[first:])
+                if isinstance(sock, ssl.SSLSocket):  # has no sendmsg, and copies into its records anyway
+                    sent = sock.send(buffers[first])
+                else:
+                    sent = sock.sendmsg(buffers[first:])
             except OSError as exc:
                 raise self._down(exc.strerror or str(exc)) from exc
             while first < len(buffers) and sent >= len(buffers[first]):
@@ -299,3 +290,15 @@ class Connection:
     def _down(self, why: str) -> TierDown:
         self.close()
         return TierDown(f"redis {self._address.where}: {why}")
+
+
+def _only_records(sock: ssl.SSLSocket) -> bool:
+    """Whether what makes an idle TLS socket readable is TLS's own (a session ticket), no reply and no end."""
+    sock.settimeout(0)
+    try:
+        sock.recv(1)
+    except ssl.SSLWantReadError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -8,8 +8,8 @@ import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import redis
-
+from cacheengine.config import ConfigError
+from cacheengine.redis_url import DOWN, client
 from gateway.launch.config import LaunchConfig
 from gateway.launch.errors import LaunchError
 
@@ -158,12 +158,11 @@ def redis_sentence(url: str) -> str:
     The URL may hold a password: it is not repeated.
     """
     try:
-        client = redis.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0)
-        with client:
-            client.ping()
-    except ValueError:
-        return "REDIS_URL is not a Redis URL; write redis://host:6379/0 (with a password: percent-encoded)"
-    except redis.RedisError as exc:
+        with client(url, socket_timeout=2.0, socket_connect_timeout=2.0) as server:
+            server.ping()
+    except ConfigError as exc:
+        return f"{exc}; set REDIS_URL to redis://host:6379/0, for example (a password: percent-encoded)"
+    except DOWN as exc:
         return (
             f"the Redis at REDIS_URL does not answer ({type(exc).__name__}); start it or leave REDIS_URL out"
         )

@@ -33,7 +33,7 @@ class LaunchConfig(Config):
         8000, description="Port of the gateway on loopback; workers use the ports that follow it."
     )
     redis_url: str = Field(
-        "", description="An outside Redis or Valkey (redis:// or unix://); empty starts a bundled Valkey."
+        "", description="An outside Redis or Valkey (a URL as for redis_url); empty starts a bundled Valkey."
     )
     redis_bytes: ByteSize = Field(
         ByteSize(1 << 30),

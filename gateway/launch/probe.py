@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import redis
-
+from cacheengine.config import ConfigError
+from cacheengine.redis_url import DOWN, client
 from gateway.launch.checks import NATIVE, compiler, disk_free
 from gateway.launch.doctor import Facts
 from gateway.launch.errors import LaunchError
@@ -67,9 +67,9 @@ def redis_info(url: str) -> tuple[dict[str, Any] | None, str]:
     if not url:
         return None, ""
     try:
-        with redis.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0) as client:
-            return dict(client.info()), ""
-    except (redis.RedisError, ValueError) as exc:
+        with client(url, socket_timeout=2.0, socket_connect_timeout=2.0) as server:
+            return dict(server.info()), ""
+    except (*DOWN, ConfigError) as exc:
         return None, f"does not answer ({type(exc).__name__})"  # the text may repeat the password
 
 

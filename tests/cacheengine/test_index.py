@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -17,6 +18,7 @@ from cacheengine.errors import IndexDown
 from cacheengine.index import DEVICE, HOST, Depths, Entry, Fleet, IndexReader, IndexWriter, WorkerInfo
 from cacheengine.index_schema import chunk_name, field_of, holder_of
 from cacheengine.keys import ChunkKey, KeyScheme, Namespace, namespace_of
+from tests.cacheengine.tiers.kit import blank, chunks, redis_tier
 from tests.conftest import ValkeyServer
 
 T = TypeVar("T")
@@ -117,6 +119,57 @@ def start(valkey: ValkeyServer) -> Iterator[Callable[..., Worker]]:
     for worker in started:
         worker.writer.close()
         assert not worker.writer._thread.is_alive()
+
+
+def test_users_with_the_documented_rights_can_do_all_that_workers_and_gateways_do(valkey: ValkeyServer):
+    text = (Path(__file__).parents[2] / "docs/operations.md").read_text()
+    lines = [line.split() for line in text.splitlines() if line.startswith("ACL SETUSER")]
+    assert [line[2] for line in lines] == ["cairn-worker", "cairn-gateway"]
+    urls = [f"redis://{name}:PASSWORD@127.0.0.1:{valkey.port}" for name in ("cairn-worker", "cairn-gateway")]
+    with valkey.client() as admin:
+        for line in lines:
+            admin.execute_command(*line)
+    worker = Worker(urls[0])
+    loop = Loop(urls[1], deadline_ms=2000)
+    tier = redis_tier(urls[0])
+    try:
+        worker.say(PROMPT, HOST)
+        worker.writer.start()
+        wait_until(lambda: bool(loop.holders(PROMPT)))
+        worker.writer.publish([Entry(PROMPT[0], key, 0) for key in PROMPT[6:]])
+        wait_until(lambda: loop.holders(PROMPT)[worker.name].host == 6)
+        assert list(loop.fleet()) == ["w1"]
+        assert worker.writer.stats.errors == 0
+        refs, data = chunks(3)
+        assert tier.write(refs, data) == tier.prefix(refs) == tier.read(refs, blank(3)) == 3
+        tier.drop(refs)
+        assert tier.stats.errors == 0
+        worker.writer.close()
+        assert loop.fleet() == {}
+    finally:
+        tier.close()
+        loop.close()
+        worker.writer.close()
+        with valkey.client() as admin:
+            admin.execute_command("ACL DELUSER", "cairn-worker", "cairn-gateway")
+
+
+@pytest.mark.e2e
+def test_the_index_follows_a_failover(failing_over: Any):
+    worker = Worker(failing_over.url)
+    worker.say(PROMPT, HOST)
+    worker.writer.start()
+    loop = Loop(failing_over.url, deadline_ms=2000)
+    try:
+        wait_until(lambda: "w1" in loop.fleet())
+        failing_over.master.kill()
+        wait_until(lambda: not loop.down(PROMPT) and bool(loop.holders(PROMPT)))
+        assert loop.holders(PROMPT)[worker.name].host == len(PROMPT)
+        with failing_over.replica.client() as promoted:
+            assert promoted.role()[0] == b"master"
+    finally:
+        worker.writer.close()
+        loop.close()
 
 
 def reads(valkey: ValkeyServer) -> int:

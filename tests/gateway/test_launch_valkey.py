@@ -74,6 +74,22 @@ def test_an_outside_redis_that_does_not_answer_is_a_sentence_without_its_passwor
     assert "hunter2" not in said
 
 
+@pytest.mark.e2e
+@pytest.mark.parametrize("servers", ["cluster", "sentinels"])
+def test_an_outside_cluster_or_sentinel_is_accepted(request, servers):
+    url = request.getfixturevalue(servers).url
+    assert redis_sentence(url) == ""
+    info, error = probe.redis_info(url)
+    assert (error, info["maxmemory"]) == ("", 0)
+
+
+@pytest.mark.parametrize("url", ["redis-cluster://:hunter2@127.0.0.1:1", "redis-sentinel://127.0.0.1:1/kv"])
+def test_an_outside_cluster_or_sentinel_that_is_away_is_a_sentence(url):
+    said = redis_sentence(url)
+    assert "does not answer" in said
+    assert "hunter2" not in said
+
+
 def test_something_that_is_no_redis_url_is_a_sentence():
     assert "redis://host:6379/0" in redis_sentence("localhost:6379")
 

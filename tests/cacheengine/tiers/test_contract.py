@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,11 +16,24 @@ MAKERS: dict[str, Callable[[pytest.FixtureRequest, Path], Tier]] = {
     "disk": lambda request, path: disk_tier(path / "w0"),
     "redis": lambda request, path: redis_tier(request.getfixturevalue("valkey").unix_url),
     "redis over tcp": lambda request, path: redis_tier(request.getfixturevalue("valkey").url),
+    "redis-server": lambda request, path: redis_tier(flushed(request, "redis_server").url),
+    "redis cluster": lambda request, path: redis_tier(flushed(request, "cluster").url),
+    "redis by sentinel": lambda request, path: redis_tier(flushed(request, "sentinels").url),
+    "redis over tls": lambda request, path: redis_tier(flushed(request, "tls_server").tls_url),
     "breaker of disk": lambda request, path: Breaker(disk_tier(path / "w0")),
 }
 
 
-@pytest.fixture(params=MAKERS)
+SLOW = {"redis cluster", "redis by sentinel"}  # to start
+
+
+def flushed(request: pytest.FixtureRequest, servers: str) -> Any:
+    found = request.getfixturevalue(servers)
+    found.flush()
+    return found
+
+
+@pytest.fixture(params=[pytest.param(m, marks=[pytest.mark.e2e] * (m in SLOW)) for m in MAKERS])
 def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tier]:
     made = MAKERS[request.param](request, tmp_path)
     yield made

@@ -11,11 +11,13 @@ from cacheengine.frame import HEADER_BYTES, pack
 from cacheengine.keys import Namespace, digest
 from cacheengine.tier import Ref
 from cacheengine.tiers.redis import RedisTier, escape
+from cacheengine.tiers.resp import Connection
 from tests.cacheengine.tiers.kit import (
     NAMESPACE,
     PAYLOAD,
     TOKENS,
     blank,
+    buffer,
     chunks,
     key,
     payload,
@@ -125,6 +127,71 @@ def test_bytes_without_metadata_may_be_a_write_in_progress(tier: RedisTier, admi
     assert admin.exists(data(0))
     assert tier.write(refs, payloads) == 2
     assert tier.prefix(refs) == 2
+
+
+def test_a_short_chunk_is_kept_and_says_how_many_tokens_it_has(tier: RedisTier, admin: redis.Redis):
+    refs, sizes = [ref(0), ref(1), ref(2)], [PAYLOAD, PAYLOAD, PAYLOAD // 4]
+    payloads = [payload(n, size) for n, size in enumerate(sizes)]
+    into = [buffer(size) for size in sizes]
+    assert tier.write(refs, payloads) == 3
+    assert tier.prefix(refs) == 3
+    assert tier.read(refs, into) == 3
+    assert into == payloads
+    facts = admin.hmget(meta(2), "tokens", "bytes")
+    assert facts == [str(TOKENS // 4).encode(), str(HEADER_BYTES + PAYLOAD // 4).encode()]
+    assert tier.stats.bytes_read == tier.stats.bytes_written == sum(sizes)
+
+
+def test_a_chunk_of_another_length_than_expected_is_a_miss(tier: RedisTier):
+    assert tier.write(*chunks(2)) == 2
+    short = [buffer(), buffer(PAYLOAD // 2)]
+    assert tier.read([ref(0), ref(1)], short) == 1
+    assert tier.stats.bad_frames == 1
+    assert short[1] == buffer(PAYLOAD // 2)
+
+
+def test_an_empty_buffer_is_a_bug(tier: RedisTier):
+    with pytest.raises(ValueError, match="buffer of 0 bytes"):
+        tier.write([ref(0)], [buffer()[:0]])
+
+
+def test_a_hit_renews_both_expiries_without_a_round_trip_of_its_own(
+    tier: RedisTier, admin: redis.Redis, monkeypatch: pytest.MonkeyPatch
+):
+    refs, payloads = chunks(6)
+    tier.write(refs, payloads)
+    for n in range(6):
+        admin.expire(meta(n), 5)
+        admin.expire(data(n), 5)
+    pieces: list[list[bytes]] = []
+    send = Connection.send
+
+    def seen(conn: Connection, *commands: Any) -> None:
+        pieces.append([command[0] for command in commands])
+        send(conn, *commands)
+
+    monkeypatch.setattr(Connection, "send", seen)
+    assert tier.read(refs, blank(6)) == 6
+    assert [piece.count(b"GET") for piece in pieces] == [4, 1, 1, *[0] * (len(pieces) - 3)]
+    assert pieces[-1].count(b"EXPIRE") == 12
+    assert min(admin.ttl(name(n)) for n in range(6) for name in (meta, data)) > 5
+
+
+def test_what_was_read_before_a_gap_is_renewed_too(tier: RedisTier, admin: redis.Redis):
+    refs, payloads = chunks(8)
+    tier.write(refs, payloads)
+    for n in range(8):
+        admin.expire(data(n), 5)
+    admin.delete(data(2))
+    assert tier.read(refs, blank(8)) == 2
+    assert [admin.ttl(data(n)) > 5 for n in range(4)] == [True, True, False, False]
+
+
+def test_looking_changes_nothing(tier: RedisTier, admin: redis.Redis):
+    tier.write(*chunks(2))
+    admin.expire(data(1), 5)
+    assert tier.prefix([ref(0), ref(1)]) == 2
+    assert admin.ttl(data(1)) <= 5
 
 
 FRAMED = pack(NAMESPACE, key(1), key(0), key(0), payload(1), TOKENS, 0, 1) + payload(1)

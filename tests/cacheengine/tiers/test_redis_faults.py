@@ -1,6 +1,7 @@
 """The shared tier against a real Valkey: every way a server can fail."""
 
 import os
+import random
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +13,12 @@ import redis
 
 from cacheengine.config import ConfigError
 from cacheengine.errors import TierDown
-from cacheengine.frame import HEADER_BYTES
+from cacheengine.frame import HEADER_BYTES, pack
 from cacheengine.tiers.redis import RedisTier
 from tests.cacheengine.tiers.kit import (
+    NAMESPACE,
     PAYLOAD,
+    TOKENS,
     ScriptedServer,
     blank,
     buffer,
@@ -115,7 +118,7 @@ def test_a_server_that_refuses_is_down(refusal: bytes):
     ids=lambda script: repr(script[:24]),
 )
 def test_a_broken_conversation_is_down_and_starts_anew(script: bytes, valkey: Any):
-    with scripted(script, b"$-1\r\n") as server:
+    with scripted(script, b"$-1\r\n:0\r\n:0\r\n") as server:
         tier = redis_tier(server.url, timeout_ms=300)
         with pytest.raises(TierDown):
             tier.read([ref(0)], blank(1))
@@ -162,6 +165,72 @@ def test_a_paused_server_is_down_until_it_goes_on(valkey: Any, admin: redis.Redi
     admin.client_unpause()
     assert tier.write([ref(5)], [payload(5)]) == 1
     tier.close()
+
+
+def framed(n: int) -> bytes:
+    header = pack(NAMESPACE, ref(n).key, ref(n).parent, ref(n).root, payload(n), TOKENS, 0, 1)
+    return b"$%d\r\n%s\r\n" % (HEADER_BYTES + PAYLOAD, header + payload(n))
+
+
+@pytest.mark.parametrize(
+    "end", [ScriptedServer.hangup, b"$9", b"-ERR broken\r\n" * 9, b"?\r\n", framed(2)[:5000]]
+)
+def test_what_was_filled_before_the_trouble_is_kept(end: bytes):
+    with scripted(framed(0) + framed(1) + end) as server:
+        tier = redis_tier(server.url, timeout_ms=300)
+        into = blank(4)
+        assert tier.read([ref(n) for n in range(4)], into) == 2
+        assert into[:2] == [payload(0), payload(1)]
+        assert (tier.stats.hits, tier.stats.misses, tier.stats.errors) == (2, 1, 1)
+        tier.close()
+
+
+def test_chunks_that_were_read_count_although_nothing_renews_them(valkey: Any, admin: redis.Redis):
+    tier = redis_tier(valkey.url, timeout_ms=200, connections=1)
+    refs, payloads = chunks(6)
+    tier.write(refs, payloads)
+    admin.client_pause(60_000, all=False)  # writes wait, EXPIRE among them
+    into = blank(6)
+    assert tier.read(refs, into) == 6
+    assert into == payloads
+    assert (tier.stats.hits, tier.stats.misses, tier.stats.errors) == (6, 0, 1)
+    admin.client_unpause()
+    assert tier.read(refs, into) == 6
+    tier.close()
+
+
+def test_under_real_memory_pressure_nothing_is_wrong_and_the_look_up_is_honest(
+    tier: RedisTier, admin: redis.Redis
+):
+    rng = random.Random(1)
+    used = admin.info("memory")["used_memory"]
+    with (
+        configured(admin, "maxmemory-policy", "allkeys-lru"),
+        configured(admin, "maxmemory", str(used + 40 * PAYLOAD)),
+    ):
+        for _ in range(60):
+            first = rng.randrange(100)
+            refs = [ref(n) for n in range(first, first + 8)]
+            assert tier.write(refs, [payload(n) for n in range(first, first + 8)]) <= 8
+            into = blank(8)
+            seen, got = tier.prefix(refs), tier.read(refs, into)
+            assert got >= min(seen, 1)  # nobody else writes between the two
+            assert into[:got] == [payload(n) for n in range(first, first + got)]
+            assert not any(into[n] == payload(first + n) for n in range(got, 8))
+        assert admin.info("stats")["evicted_keys"] > 0
+        assert tier.stats.bad_frames == tier.stats.errors == 0
+
+
+@pytest.mark.parametrize("refusal", [b"-BUSY script\r\n", b"-NOAUTH who\r\n", b"-READONLY no\r\n"])
+def test_a_refusal_is_never_a_hit(refusal: bytes):
+    with scripted(*[refusal * 10] * 2) as server:
+        tier = redis_tier(server.url, timeout_ms=300)
+        into = blank(1)
+        for verb in (lambda: tier.prefix([ref(0)]), lambda: tier.read([ref(0)], into)):
+            with pytest.raises(TierDown, match=refusal.split()[0].decode()[1:]):
+                verb()
+        assert into == blank(1)
+        tier.close()
 
 
 def test_a_server_restart_between_two_calls_is_a_cold_cache_not_an_error(tier: RedisTier, valkey: Any):
@@ -239,7 +308,8 @@ def test_passwords_and_databases_come_from_the_url_and_stay_out_of_messages(valk
 
 
 @pytest.mark.parametrize(
-    "url", ["http://x", "rediss://x", "redis://h:port", "redis://h/db", "localhost:6379"]
+    "url",
+    ["http://x", "rediss://x?ssl_ca_certs=/nowhere", "redis://h:port", "redis://h/db", "localhost:6379"],
 )
 def test_a_url_it_cannot_use_is_refused_at_once_without_repeating_it(url: str):
     with pytest.raises(ConfigError, match="redis_url") as refused:

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from cacheengine.config import ConfigError
 from cacheengine.errors import TierDown
-from cacheengine.tiers.resp import Address, Connection, ErrorReply, address_of
+from cacheengine.tiers.resp import Connection, ErrorReply
 from tests.cacheengine.tiers.kit import buffer, payload, scripted
 
 
@@ -23,35 +22,6 @@ def answered(script: bytes, timeout: float = 5) -> Iterator[Connection]:
         conn.send((b"PING",))
         yield conn
         conn.close()
-
-
-@pytest.mark.parametrize(
-    ("url", "address"),
-    [
-        ("redis://h", Address(("h", 6379), "", "", 0, "h:6379")),
-        ("redis://h:1/2", Address(("h", 1), "", "", 2, "h:1")),
-        ("redis://h:1?db=3", Address(("h", 1), "", "", 3, "h:1")),
-        ("redis://:p%40%2F@h", Address(("h", 6379), "", "p@/", 0, "h:6379")),
-        ("redis://u:p@[::1]:7/0", Address(("::1", 7), "u", "p", 0, "::1:7")),
-        ("unix:///tmp/s?db=4", Address("/tmp/s", "", "", 4, "/tmp/s")),
-        ("unix://u:p@/tmp/s", Address("/tmp/s", "u", "p", 0, "/tmp/s")),
-        ("unix:///tmp/s?password=p&username=u", Address("/tmp/s", "u", "p", 0, "/tmp/s")),
-    ],
-)
-def test_a_url_says_where_who_and_which_database(url: str, address: Address):
-    assert address_of(url) == address
-
-
-def test_an_address_can_be_logged():
-    assert "p4ss" not in repr(address_of("redis://u:p4ss@h"))
-
-
-@pytest.mark.parametrize(
-    "url", ["", "h:1", "rediss://h", "redis://h:x", "redis://h/x", "unix://s", "unix://"]
-)
-def test_a_url_that_means_nothing_is_refused(url: str):
-    with pytest.raises(ConfigError, match="redis_url"):
-        address_of(url)
 
 
 @pytest.mark.parametrize(
