@@ -33,6 +33,7 @@ from cacheengine.store import Store
 from cacheengine.tier import Ref
 from cacheengine.tiers.disk import scan
 from cacheengine.tiers.wrap import Breaker
+from cacheengine.wishes import Listener, Wish
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -67,6 +68,8 @@ class SchedulerHalf:
         self.store = Store(slots, layout.blocks_per_chunk, EVICTORS[config.eviction], config.tenant_share)
         if config.disk_path:
             self._restore_disk()
+        note = disk_folder(config) / "wishes.json" if config.disk_path else None
+        self._wishes = Listener(layout.scheme.namespace.hex(), self._served, self.obey, note)
         self._remote = _Remote(config, layout, self._served, self._ranks) if config.redis_url else None
         patience = PATIENCE_FACTOR * config.redis_timeout_ms / 1000
         probe = self._remote.ask if self._remote else _nobody
@@ -75,6 +78,9 @@ class SchedulerHalf:
         self.planner = Planner(layout.scheme, geometry, self.store, demoter, probe, patience, self._tally)
         self._live: dict[str, Request] = {}
         self._refused: set[str] = set()
+        self._lock = threading.Lock()  # FOR THE LEAD: every public entry takes it
+        self._index: IndexWriter | None = None
+        self._wishes.start(config.redis_url)
         self._index = self._start_index(vllm_config)
 
     # -- a request's life --------------------------------------------------------------------------
@@ -143,6 +149,24 @@ class SchedulerHalf:
             self._publish()
             return set(self.store.fill()) == {HOST} and not self.store.busy
 
+    def obey(self, wish: Wish, before: Wish) -> None:
+        """Make true what people want now and did not want before.  On the index writer's thread, and once at
+        start.  Raises OSError when slots could not be erased: it is then tried again."""
+        slots: list[int] = []
+        with self._lock:
+            if wish.pins_version != before.pins_version:
+                self.store.set_pins(wish.pins)  # type: ignore[attr-defined]  # FOR THE LEAD
+            if wish.clear_epoch != before.clear_epoch:
+                slots = self.store.clear()  # type: ignore  # FOR THE LEAD
+            self._publish()
+        self._erase(slots)
+
+    def _erase(self, slots: Sequence[int]) -> None:
+        """Make cleared disk slots empty for good.  Outside the lock, so that no step waits for the disk: the
+        store gives such a slot to nobody before erased()."""
+        # FOR THE LEAD: per rank, cacheengine.tiers.disk.erase(folder, int(disk_bytes), payload_bytes,
+        # namespace, rank, ranks, slots); then, under the lock, self.store.erased(slots)
+
     @property
     def busy(self) -> bool:
         """Reports are still out: keep the engine stepping so that they are heard.  Not for ever: a medium
@@ -203,6 +227,7 @@ class SchedulerHalf:
             config.lease_seconds,
             self._beat,
             self._inventory,
+            wishes=self._wishes,
         )
         index.start()
         return index
