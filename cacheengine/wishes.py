@@ -36,7 +36,8 @@ _LUA = Path(__file__).parent
 
 
 class Wish(NamedTuple):
-    """What the workers of a namespace should do.  Numbers rise and are never reused; 0: nothing was said."""
+    """What the workers of a namespace should do.  A number is the server's clock in microseconds when it was
+    said, or one above the last; 0: nothing was said."""
 
     pins_version: int = 0
     clear_epoch: int = 0

@@ -4,7 +4,7 @@
 -- Returns  {the number workers must announce, pins added or removed}; {0, pins} when there would be too many.
 -- A number is above every earlier one, also after the server lost everything: then its clock carries it.
 local now = redis.call('TIME')
-local ms = now[1] * 1000 + math.floor(now[2] / 1000)
+local us = now[1] * 1000000 + now[2]  -- exact in a double for centuries
 local field = ARGV[1] == 'clear' and 'clear_epoch' or 'pins_version'
 
 local changed = 0
@@ -18,7 +18,7 @@ elseif ARGV[1] == 'unpin' then
   for i = 4, #ARGV do changed = changed + redis.call('SREM', KEYS[2], ARGV[i]) end
 end
 
-local number = math.max(tonumber(redis.call('HGET', KEYS[1], field) or '0') + 1, ms)
+local number = math.max(tonumber(redis.call('HGET', KEYS[1], field) or '0') + 1, us)
 redis.call('HSET', KEYS[1], field, string.format('%.0f', number),
-  ARGV[1] .. '_by', ARGV[2], ARGV[1] .. '_ms', string.format('%.0f', ms))
+  ARGV[1] .. '_by', ARGV[2], ARGV[1] .. '_at', now[1])
 return {string.format('%.0f', number), changed}
