@@ -37,7 +37,7 @@ class CacheWorker:
 
     def __init__(
         self, url: str, worker_id: str = "w1", *, note: Path | None = None, http: str = "http://127.0.0.1:1",
-        model: str = MODEL, model_path: str = "/m", scheme: KeyScheme = SCHEME, lease: float = 0.6,
+        model: str = MODEL, model_path: str = "/m", scheme: KeyScheme = SCHEME, lease: float = 1.5,
     ) -> None:  # fmt: skip
         self.url, self.lock, self.deaf = url, threading.Lock(), False
         self.store = PinStore({HOST: 64, REDIS: 1000})
@@ -47,8 +47,8 @@ class CacheWorker:
         )  # fmt: skip
         self.scheme, self.model = scheme, model
         self.listener = Listener(info.namespace, model, self.obey, note)
-        self.listener.start(url)
         self.writer = IndexWriter(url, info, 600, lease, dict, self.inventory, wishes=self.listener)
+        self.listener.start(url)
         self.writer.start()
 
     def obey(self, wish: Wish, before: Wish) -> None:
