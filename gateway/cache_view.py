@@ -226,7 +226,7 @@ def _blob(
         blob["frame"] = {
             name: value.hex() if isinstance(value, bytes) else value
             for name, value in facts._asdict().items()
-        }
+        } | {"checksum": f"{facts.checksum:016x}"}  # as in the metadata
         frame.verify(facts, cast(bytes, client.getrange(data, HEADER_BYTES, -1)))
         blob["verdict"] = "whole" if about else "no metadata: a miss until it is written again"
     except BadFrame as exc:

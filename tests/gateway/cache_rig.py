@@ -1,4 +1,4 @@
-"""A worker as `cairn` sees it, without vLLM: a real Store behind a real IndexWriter that listens to wishes."""
+"""A worker as `cairn` sees it, without vLLM: a real Store behind a real IndexWriter that hears wishes."""
 
 import threading
 from collections.abc import Collection, Sequence
@@ -77,8 +77,8 @@ class CacheWorker:
     def share(self, keys: Sequence[ChunkKey], ttl_seconds: int = 1000) -> RedisTier:
         """Write blobs of these chunks as the shared tier does."""
         tier = RedisTier(
-            self.url, self.model, self.scheme.namespace, PAYLOAD, self.scheme.chunk_tokens, "float32", "LBHNC",
-            0, 1, self.writer._info.worker_id, ttl_seconds, 2000,
+            self.url, self.model, self.scheme.namespace, PAYLOAD, self.scheme.chunk_tokens, "float32",
+            "LBHNC", 0, 1, "w", ttl_seconds, 2000,
         )  # fmt: skip
         refs = [Ref(key, parent=keys[i - 1] if i else b"", root=keys[0]) for i, key in enumerate(keys)]
         payloads = [memoryview(key * (PAYLOAD // len(key))) for key in keys]

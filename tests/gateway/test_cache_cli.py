@@ -14,13 +14,11 @@ import msgspec
 import pytest
 from typer.testing import CliRunner, Result
 
-from cacheengine.index import Lease, WorkerInfo
 from cacheengine.keys import ChunkKey, KeyScheme, Namespace
 from cacheengine.wishes import names_of, read
 from gateway.ask import Ask
 from gateway.cache_view import find_roots
 from gateway.cli import app
-from gateway.tokenize import ModelTokenizer
 from tests.conftest import ValkeyServer
 from tests.fakes import FakeVLLM, serve, wait_until
 from tests.gateway.cache_rig import MODEL, NS, PAYLOAD, SCHEME, CacheWorker
