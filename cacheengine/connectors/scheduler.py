@@ -78,7 +78,6 @@ class SchedulerHalf:
         self.planner = Planner(layout.scheme, geometry, self.store, demoter, probe, patience, self._tally)
         self._live: dict[str, Request] = {}
         self._refused: set[str] = set()
-        self._lock = threading.Lock()  # FOR THE LEAD: every public entry takes it
         self._index: IndexWriter | None = None
         self._wishes.start(config.redis_url)
         self._index = self._start_index(vllm_config)
@@ -151,21 +150,24 @@ class SchedulerHalf:
 
     def obey(self, wish: Wish, before: Wish) -> None:
         """Make true what people want now and did not want before.  On the index writer's thread, and once at
-        start.  Raises OSError when slots could not be erased: it is then tried again."""
+        start.  Raises TierDown when slots could not be erased: it is then tried again."""
         slots: list[int] = []
         with self._lock:
             if wish.pins_version != before.pins_version:
-                self.store.set_pins(wish.pins)  # type: ignore[attr-defined]  # FOR THE LEAD
+                self.store.set_pins(wish.pins)
             if wish.clear_epoch != before.clear_epoch:
-                slots = self.store.clear()  # type: ignore  # FOR THE LEAD
+                slots = self.store.clear()
             self._publish()
         self._erase(slots)
 
     def _erase(self, slots: Sequence[int]) -> None:
         """Make cleared disk slots empty for good.  Outside the lock, so that no step waits for the disk: the
-        store gives such a slot to nobody before erased()."""
-        # FOR THE LEAD: per rank, cacheengine.tiers.disk.erase(folder, int(disk_bytes), payload_bytes,
-        # namespace, rank, ranks, slots); then, under the lock, self.store.erased(slots)
+        store gives such a slot to nobody before erased().  Raises TierDown."""
+        if not slots:
+            return
+        # FOR THE LEAD: here goes tiers.disk.erase(folders, …, rank, ranks, slots), once for each rank
+        with self._lock:
+            self.store.erased(slots)
 
     @property
     def busy(self) -> bool:
@@ -242,6 +244,12 @@ class SchedulerHalf:
         return [Entry(*change) for change in self.store.inventory()]
 
     def _beat(self) -> Mapping[str, float | int | str]:
+        with self._lock:
+            late = self.store.to_erase()  # what was under way when the rest was cleared
+        try:
+            self._erase(late)
+        except CacheError as exc:
+            logger.warning("cleared chunks are still on disk: %s", exc)
         fill = {
             f"{tier}_{what}": n
             for tier, pair in self.store.fill().items()

@@ -36,7 +36,9 @@ def run(model: Path, prompt: str, log: Path, env: dict[str, str], **job: Any) ->
             check=False,
             timeout=240,
         )
-    assert done.returncode == 0, log.read_text()[-4000:]
+    with log.open("a") as out:
+        out.write(done.stdout)  # where vLLM logs
+    assert done.returncode == 0, log.read_text()[-8000:]
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 

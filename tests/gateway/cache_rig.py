@@ -1,7 +1,7 @@
 """A worker as `cairn` sees it, without vLLM: a real Store behind a real IndexWriter that hears wishes."""
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cacheengine.index import Entry, IndexWriter, WorkerInfo
@@ -16,20 +16,7 @@ NS = namespace_of({"model": "cli"})
 SCHEME = KeyScheme(NS, 16)
 MODEL = "smol/test@1"  # a name that must be escaped
 PAYLOAD = 8192
-
-
-class PinStore(Store):
-    """The store, and what of this issue's store it has not yet."""
-
-    pins: frozenset[ChunkKey] = frozenset()
-    cleared = 0
-
-    def set_pins(self, keys: Collection[ChunkKey]) -> None:
-        self.pins = frozenset(keys)
-
-    def clear(self) -> None:
-        super().clear()
-        self.cleared += 1
+SLOTS = 64  # of host memory
 
 
 class CacheWorker:
@@ -40,7 +27,7 @@ class CacheWorker:
         model: str = MODEL, model_path: str = "/m", scheme: KeyScheme = SCHEME, lease: float = 1.5,
     ) -> None:  # fmt: skip
         self.url, self.lock, self.deaf = url, threading.Lock(), False
-        self.store = PinStore({HOST: 64, REDIS: 1000})
+        self.store, self.pins, self.cleared = Store({HOST: SLOTS, REDIS: 1000}, 1), frozenset[ChunkKey](), 0
         info = WorkerInfo(
             worker_id, http, model, model_path, scheme.namespace.hex(), scheme.chunk_tokens,
             tuple(probe_keys(scheme)), payload_bytes=PAYLOAD,
@@ -57,20 +44,21 @@ class CacheWorker:
             raise OSError("the disk said no")
         with self.lock:
             if wish.pins_version != before.pins_version:
+                self.pins = wish.pins
                 self.store.set_pins(wish.pins)
             if wish.clear_epoch != before.clear_epoch:
-                self.store.clear()
+                self.cleared += 1
+                self.store.erased(self.store.clear())
             changes = self.store.drain_changes()
         self.writer.publish([Entry(*change) for change in changes])
 
     def hold(self, keys: Sequence[ChunkKey]) -> None:
         """Save chunks of one prompt to the host tier, and say so."""
-        wants = [Want(key, keys[i - 1] if i else NO_PARENT, keys[0], ()) for i, key in enumerate(keys)]
+        wants = [Want(key, keys[i - 1] if i else NO_PARENT, keys[0], 1) for i, key in enumerate(keys)]
         with self.lock:
-            plan = self.store.begin_save("r", wants)
+            plan = self.store.begin_save("r", wants, keys)
             assert plan is not None
-            for leg in (HOST, REDIS):
-                self.store.settle(plan.id, leg, len(keys) if leg == HOST else 0)
+            self.store.settle(plan.id, len(plan.moves))
             changes = self.store.drain_changes()
         self.writer.publish([Entry(*change) for change in changes])
 

@@ -21,7 +21,7 @@ from gateway.cache_view import find_roots
 from gateway.cli import app
 from tests.conftest import ValkeyServer
 from tests.fakes import FakeVLLM, serve, wait_until
-from tests.gateway.cache_rig import MODEL, NS, PAYLOAD, SCHEME, CacheWorker
+from tests.gateway.cache_rig import MODEL, NS, PAYLOAD, SCHEME, SLOTS, CacheWorker
 
 IDS = list(range(100, 100 + 16 * 5 + 7))
 KEYS = SCHEME.keys(IDS)
@@ -306,9 +306,22 @@ def test_pin_reaches_every_worker_and_says_what_each_holds(cairn, start, ids):
     first.hold(KEYS[:3])
     announced(first, 3)
     done = cairn("pin", "--tokens", ids, "--json")
-    assert first.store.pins == second.store.pins == set(KEYS)
+    assert first.pins == second.pins == set(KEYS)
     assert "2 of 2 workers have pinned" in done.stderr
     assert [row["host"] for row in held(done).values()] == [3, 0]
+
+
+def test_what_is_pinned_is_not_evicted_until_it_is_unpinned(cairn, start, ids):
+    worker = start()
+    crowd = SCHEME.keys(range(1000, 1000 + 16 * (SLOTS - 1)))
+    worker.hold(KEYS)
+    assert cairn("pin", "--tokens", ids).exit_code == 0
+    worker.hold(crowd)
+    announced(worker, 5)
+    assert held(cairn("lookup", "--tokens", ids, "--json"))["w1"]["host"] == 5
+    assert cairn("unpin", "--tokens", ids).exit_code == 0
+    worker.hold(SCHEME.keys(range(9000, 9000 + 16 * (SLOTS - 1))))
+    assert not any(worker.store.holds(key) for key in KEYS[2:])
 
 
 def test_pins_outlive_the_worker_and_unpin_ends_them(cairn, start, ids):
@@ -316,9 +329,9 @@ def test_pins_outlive_the_worker_and_unpin_ends_them(cairn, start, ids):
     assert cairn("pin", "--tokens", ids).exit_code == 0
     worker.close()
     again = start()
-    assert again.store.pins == set(KEYS)
+    assert again.pins == set(KEYS)
     assert cairn("unpin", KEYS[0].hex(), KEYS[1].hex()).exit_code == 0
-    assert again.store.pins == set(KEYS[2:])
+    assert again.pins == set(KEYS[2:])
 
 
 def test_the_blobs_of_pinned_chunks_do_not_expire_until_unpinned(cairn, start, ids, valkey):
@@ -343,7 +356,7 @@ def test_a_worker_that_cannot_obey_is_named_and_the_wish_stands(cairn, start, id
     with valkey.client() as client:
         assert read(client, NS.hex()).pins == {KEYS[0]}
     deaf.deaf = False
-    wait_until(lambda: deaf.store.pins == {KEYS[0]})
+    wait_until(lambda: deaf.pins == {KEYS[0]})
 
 
 def test_a_prompt_without_a_chunk_cannot_be_pinned(cairn, start, ids):
@@ -405,7 +418,7 @@ def test_pins_stay_wishes_through_a_clear(cairn, start, ids, valkey):
     cairn("clear", "--yes")
     with valkey.client() as client:
         assert client.scard(names_of(NS.hex())[1]) == 5
-    assert worker.store.pins == set(KEYS)
+    assert worker.pins == set(KEYS)
 
 
 def test_a_worker_that_was_down_clears_when_it_starts_and_only_once(cairn, start, tmp_path):
@@ -414,15 +427,15 @@ def test_a_worker_that_was_down_clears_when_it_starts_and_only_once(cairn, start
     done = cairn("clear", "--model", MODEL, "--yes")
     assert "0 of 0 workers have cleared" in done.stderr
     second = start("w1", note=note)
-    assert second.store.cleared == 1
+    assert second.cleared == 1
     second.close()
-    assert start("w1", note=note).store.cleared == 0
+    assert start("w1", note=note).cleared == 0
 
 
 def test_clear_without_a_terminal_needs_yes(cairn, start):
     worker = start()
     assert "--yes" in sentence(cairn("clear"), 2)
-    assert worker.store.cleared == 0
+    assert worker.cleared == 0
 
 
 def test_clear_of_a_model_nobody_ever_served_is_exit_1(cairn, start):
