@@ -70,7 +70,7 @@ def connect(url: str) -> redis.Redis:
 
 
 def leases(url: str) -> list[Lease]:
-    """Every worker that is alive and names chunks as we do.  Raises LaunchError."""
+    """Every worker that is alive, by id.  Raises LaunchError."""
 
     async def read() -> list[Lease]:
         fleet = Fleet(url)
@@ -83,7 +83,7 @@ def leases(url: str) -> list[Lease]:
         found = asyncio.run(read())
     except IndexDown:
         raise LaunchError("Redis stopped answering") from None
-    return sorted(filter(_trusted, found), key=lambda lease: lease.info.worker_id)
+    return sorted(found, key=lambda lease: lease.info.worker_id)
 
 
 def _trusted(lease: Lease) -> bool:
@@ -108,11 +108,15 @@ def serving(alive: Sequence[Lease], model: str | None) -> list[Lease]:
 
 
 def by_scheme(workers: Sequence[Lease]) -> dict[KeyScheme, list[Lease]]:
-    """Workers that can share chunks, under the scheme that names these."""
+    """Workers that can share chunks, under the scheme that names these.  Raises LaunchError where nobody
+    names chunks as we do."""
     groups: dict[KeyScheme, list[Lease]] = {}
-    for lease in workers:
+    for lease in filter(_trusted, workers):
         namespace = Namespace(bytes.fromhex(lease.info.namespace))
         groups.setdefault(KeyScheme(namespace, lease.info.chunk_tokens), []).append(lease)
+    if workers and not groups:
+        known = ", ".join(lease.info.worker_id for lease in workers)
+        raise LaunchError(f"{known} name chunks in another way than this program; is it the same version?")
     return groups
 
 

@@ -24,13 +24,14 @@ class CacheWorker:
 
     def __init__(
         self, url: str, worker_id: str = "w1", *, note: Path | None = None, http: str = "http://127.0.0.1:1",
-        model: str = MODEL, model_path: str = "/m", scheme: KeyScheme = SCHEME, lease: float = 1.5,
+        model: str = MODEL, model_path: str = "/m", scheme: KeyScheme = SCHEME,
+        lease: float = 1.5, probes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.url, self.lock, self.deaf = url, threading.Lock(), False
         self.store, self.pins, self.cleared = Store({HOST: SLOTS, REDIS: 1000}, 1), frozenset[ChunkKey](), 0
         info = WorkerInfo(
             worker_id, http, model, model_path, scheme.namespace.hex(), scheme.chunk_tokens,
-            tuple(probe_keys(scheme)), payload_bytes=PAYLOAD,
+            tuple(probes or probe_keys(scheme)), payload_bytes=PAYLOAD,
         )  # fmt: skip
         self.scheme, self.model = scheme, model
         self.listener = Listener(info.namespace, model, self.obey, note)

@@ -494,6 +494,13 @@ def test_no_worker_alive_is_said(cairn):
     assert "no worker is alive" in sentence(cairn("lookup", "--prompt", "x"), 1)
 
 
+def test_a_worker_that_names_chunks_in_another_way_is_not_asked(cairn, start, ids):
+    start("w1", probes=("aa", "bb"))
+    assert "w1 name chunks in another way" in sentence(cairn("lookup", "--tokens", ids), 1)
+    start("w2")
+    assert list(held(cairn("lookup", "--tokens", ids, "--json"))) == ["w2"]
+
+
 def test_one_of_several_models_must_be_named(cairn, start, ids):
     start("w1")
     start("w2", model="other", scheme=replace(SCHEME, namespace=Namespace(bytes(range(16)))))
