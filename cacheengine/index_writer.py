@@ -30,6 +30,7 @@ from cacheengine.index_schema import (
     lease_name,
 )
 from cacheengine.keys import ChunkKey
+from cacheengine.wishes import Listener
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +79,13 @@ class IndexWriter:
         inventory: Callable[[], list[Entry]],
         *,
         max_pending: int = MAX_PENDING,
+        wishes: Listener | None = None,
     ) -> None:
         self._url, self._info = url, info
         self._ttl, self._lease = ttl_seconds, lease_seconds
         self._heartbeat, self._inventory = heartbeat, inventory
         self._max_pending = max_pending
+        self._wishes = wishes
         self._namespace = bytes.fromhex(info.namespace)
         self._pending: dict[ChunkKey, Entry] = {}
         self._dirty = True  # Redis may hold something else than the inventory
@@ -232,6 +235,7 @@ class IndexWriter:
         others may have swept our entries: start over.  Raises _Superseded."""
         info = self._info
         held = {name: str(value) for name, value in self._heartbeat().items()} | info.fields()
+        held |= self._wishes.words() if self._wishes else {}
         found, now = self._beat_script(
             keys=[lease_name(info.namespace, info.worker_id)],
             args=[int(self._lease * 1000), info.epoch, *(part for pair in held.items() for part in pair)],
@@ -244,9 +248,13 @@ class IndexWriter:
         with client.pipeline(transaction=False) as pipe:
             pipe.zadd(FLEET, {f"{info.namespace}:{info.worker_id}": int(now)})
             pipe.zremrangebyscore(FLEET, "-inf", int(now) - FLEET_FORGET_MS)
-            pipe.execute()
+            if self._wishes:
+                self._wishes.ask(pipe)
+            answers = pipe.execute()
         self.stats.beats += 1
         self._next_beat = time.monotonic() + self._lease / 3
+        if self._wishes and self._wishes.hear(client, answers[-2:]):
+            self._next_beat = 0.0  # somebody waits to read that it was obeyed
 
     def _announce(self, client: redis.Redis) -> None:
         """Write the whole inventory, renewing every expiry, and sweep fields of the dead on the way."""

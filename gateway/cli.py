@@ -1,4 +1,4 @@
-"""`cairn`: start a stack, look at it, find out what is wrong with it.
+"""`cairn`: start a stack, look at it, find out what is wrong with it; what is in its cache is in cache_cli.
 
 Flags and printing only; the work is in gateway/launch/.  Nothing heavy is imported here: parts that need
 torch, vLLM or the web stack run as processes of their own.
@@ -9,19 +9,20 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from cacheengine.config import CONFIG_FILE_ENV, ConfigError
+from cacheengine.config import CONFIG_FILE_ENV
 from gateway import docs
+from gateway.cache_cli import cache_app
 from gateway.launch import probe, state, status, worker
 from gateway.launch.board import Board
-from gateway.launch.config import DEFAULT_MODEL, LaunchConfig
+from gateway.launch.config import DEFAULT_MODEL, LaunchConfig, load_settings
 from gateway.launch.doctor import examine
-from gateway.launch.errors import LaunchError
+from gateway.launch.errors import LaunchError, give_up
 from gateway.launch.model import Model, prepare
 from gateway.launch.stack import Stack
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Model files.", no_args_is_help=True)
 config_app = typer.Typer(help="Configuration.", no_args_is_help=True)
+app.add_typer(cache_app)  # lookup, inspect, warm, pin, unpin, clear
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
 
@@ -80,7 +82,7 @@ def up(
     try:
         code = stack.run(lambda ready: _greet(console, settings, ready))
     except LaunchError as exc:
-        _fail(exc)
+        give_up(exc)
     raise typer.Exit(code)
 
 
@@ -149,7 +151,7 @@ def show_status(url: GatewayUrl = None, as_json: AsJson = False) -> None:
     try:
         rows = status.summary(status.fetch_workers(target))
     except LaunchError as exc:
-        _fail(exc)
+        give_up(exc)
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -187,30 +189,17 @@ def config_docs() -> None:
 
 
 def _settings(file: str | None, **flags: str | int | None) -> LaunchConfig:
-    """CAIRN_CONFIG is read by `up` alone: elsewhere it may name another process's file."""
-    env = {name: value for name, value in os.environ.items() if name != CONFIG_FILE_ENV}
     try:
-        return LaunchConfig.load(file, env, **flags)
-    except ConfigError as exc:
-        _fail(LaunchError(str(exc)))
+        return load_settings(file, **flags)
+    except LaunchError as exc:
+        give_up(exc)
 
 
 def _prepare(model: str) -> Model:
     try:
         return prepare(model, _settings(None).root, lambda line: typer.echo(line, err=True))
     except LaunchError as exc:
-        _fail(exc)
-
-
-def _fail(error: LaunchError) -> NoReturn:
-    """The last lines of the log first, the sentence last: that is where eyes rest."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    if error.tail:
-        console.print(error.tail, style="dim", markup=False)
-    if error.log:
-        console.print(f"log: {error.log}", markup=False)
-    console.print(f"cairn: {error}", style="bold red", markup=False)
-    raise typer.Exit(1)
+        give_up(exc)
 
 
 def _greet(console: Console, config: LaunchConfig, model: Model) -> None:

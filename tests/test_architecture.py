@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PRODUCT = ("cacheengine", "router", "gateway")
 WORDS = {"cacheengine.keys", "cacheengine.errors", "cacheengine.config"}
-INDEX = {f"cacheengine.{name}" for name in ("index", "index_schema", "index_reader", "index_writer")}
+INDEX = {
+    f"cacheengine.{name}" for name in ("index", "index_schema", "index_reader", "index_writer", "wishes")
+}
 
 # Who may import whom, lowest first; the longest matching prefix decides.
 MAY_IMPORT = {
@@ -33,18 +35,27 @@ MAY_IMPORT = {
     "cacheengine.index_schema": WORDS,
     "cacheengine.index_reader": {"cacheengine.redis_url", *INDEX, *WORDS},
     "cacheengine.index_writer": {"cacheengine.redis_url", *INDEX, *WORDS},
+    "cacheengine.wishes": WORDS,
+    "cacheengine.offline": WORDS,
     "cacheengine.tiers": {
         "cacheengine.tiers", "cacheengine.tier", "cacheengine.frame", "cacheengine.redis_url", *WORDS,
     },
     "cacheengine.connectors": {"cacheengine"},
     "cacheengine": {
-        "cacheengine.arena", "cacheengine.build", "cacheengine.layout", "cacheengine.ops", "cacheengine.plan",
-        "cacheengine.tier", *WORDS,
+        "cacheengine.arena", "cacheengine.build", "cacheengine.layout", "cacheengine.offline",
+        "cacheengine.ops", "cacheengine.plan", "cacheengine.tier", *WORDS,
     },
     "router": {"router", *INDEX, *WORDS},
     "gateway": {"gateway", "router", "cacheengine.metrics", "cacheengine.redis_url", *INDEX, *WORDS},
+    # `cairn inspect` and `cairn clear` read and delete the blobs of the shared tier
+    "gateway.cache_view": {
+        "gateway", "router", "cacheengine.frame", "cacheengine.tiers.redis", *INDEX, *WORDS,
+    },
+    "gateway.cache_deeds": {"gateway", "cacheengine.tiers.redis", *INDEX, *WORDS},
     # the launcher sits beside the gateway: it builds what the engine loads and checks what it needs
-    "gateway.launch": {"gateway.launch", "cacheengine.build", "cacheengine.redis_url", *WORDS},
+    "gateway.launch": {
+        "gateway.launch", "cacheengine.build", "cacheengine.offline", "cacheengine.redis_url", *WORDS,
+    },
     "gateway.launch.serve": {"gateway.app", "gateway.config", "gateway.launch", *WORDS},
 }  # fmt: skip
 # The plan said 9,400, without the launcher (`make up`, `cairn status` and `doctor`: 1,900 lines).  Then came

@@ -32,8 +32,9 @@ from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS, Want
 from cacheengine.redis_url import index_url
 from cacheengine.store import Store
 from cacheengine.tier import Ref
-from cacheengine.tiers.disk import scan
+from cacheengine.tiers.disk import erase, scan
 from cacheengine.tiers.wrap import Breaker
+from cacheengine.wishes import Listener, Wish
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -68,6 +69,8 @@ class SchedulerHalf:
         self.store = Store(slots, layout.blocks_per_chunk, EVICTORS[config.eviction], config.tenant_share)
         if config.disk_path:
             self._restore_disk()
+        note = disk_folders(config)[0] / "wishes.json" if config.disk_path else None
+        self._wishes = Listener(layout.scheme.namespace.hex(), self._served, self.obey, note)
         self._remote = _Remote(config, layout, self._served, self._ranks) if config.redis_url else None
         patience = PATIENCE_FACTOR * config.redis_timeout_ms / 1000
         probe = self._remote.ask if self._remote else _nobody
@@ -76,6 +79,8 @@ class SchedulerHalf:
         self.planner = Planner(layout.scheme, geometry, self.store, demoter, probe, patience, self._tally)
         self._live: dict[str, Request] = {}
         self._refused: set[str] = set()
+        self._index: IndexWriter | None = None
+        self._wishes.start(config.redis_url)
         self._index = self._start_index(vllm_config)
 
     # -- a request's life --------------------------------------------------------------------------
@@ -144,6 +149,30 @@ class SchedulerHalf:
             self._publish()
             return set(self.store.fill()) == {HOST} and not self.store.busy
 
+    def obey(self, wish: Wish, before: Wish) -> None:
+        """Make true what people want now and did not want before.  On the index writer's thread, and once at
+        start.  Raises TierDown when slots could not be erased: it is then tried again."""
+        slots: list[int] = []
+        with self._lock:
+            if wish.pins_version != before.pins_version:
+                self.store.set_pins(wish.pins)
+            if wish.clear_epoch != before.clear_epoch:
+                slots = self.store.clear()
+            self._publish()
+        self._erase(slots)
+
+    def _erase(self, slots: Sequence[int]) -> None:
+        """Make cleared disk slots empty for good.  Outside the lock, so that no step waits for the disk: the
+        store gives such a slot to nobody before erased().  Raises TierDown."""
+        if not slots:
+            return
+        config, layout = self._config, self._layout
+        where = disk_folders(config), int(config.disk_bytes), layout.payload_bytes, layout.scheme.namespace
+        for rank in range(self._ranks):
+            erase(*where, rank, self._ranks, slots)
+        with self._lock:
+            self.store.erased(slots)
+
     @property
     def busy(self) -> bool:
         """Reports are still out: keep the engine stepping so that they are heard.  Not for ever: a medium
@@ -206,6 +235,7 @@ class SchedulerHalf:
             config.lease_seconds,
             self._beat,
             self._inventory,
+            wishes=self._wishes,
         )
         index.start()
         return index
@@ -220,6 +250,12 @@ class SchedulerHalf:
         return [Entry(*change) for change in self.store.inventory()]
 
     def _beat(self) -> Mapping[str, float | int | str]:
+        with self._lock:
+            late = self.store.to_erase()  # what was under way when the rest was cleared
+        try:
+            self._erase(late)
+        except CacheError as exc:
+            logger.warning("cleared chunks are still on disk: %s", exc)
         fill = {
             f"{tier}_{what}": n
             for tier, pair in self.store.fill().items()

@@ -1,10 +1,12 @@
 """What `cairn up` may be told, and where it keeps its things."""
 
+import os
 from pathlib import Path
 
 from pydantic import ByteSize, Field
 
-from cacheengine.config import Config, Positive
+from cacheengine.config import CONFIG_FILE_ENV, Config, ConfigError, Positive
+from gateway.launch.errors import LaunchError
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
@@ -74,3 +76,13 @@ class LaunchConfig(Config):
     def worker_ports(self) -> tuple[int, ...]:
         """One port per worker, right after the gateway's."""
         return tuple(range(self.port + 1, self.port + 1 + self.worker_count))
+
+
+def load_settings(file: str | None = None, **flags: str | int | None) -> LaunchConfig:
+    """Of this process.  CAIRN_CONFIG is read by `up` alone, which names it as `file`: elsewhere it may be
+    another process's.  Raises LaunchError."""
+    env = {name: value for name, value in os.environ.items() if name != CONFIG_FILE_ENV}
+    try:
+        return LaunchConfig.load(file, env, **flags)
+    except ConfigError as exc:
+        raise LaunchError(str(exc)) from None

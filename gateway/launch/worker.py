@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-CONNECTOR = "CairnConnector"
-CONNECTOR_MODULE = "cacheengine.connectors.vllm"
+from cacheengine.offline import as_vllm_reads_it
 
 
 @dataclass(frozen=True)
@@ -41,19 +40,8 @@ def command(spec: WorkerSpec, *, connector: bool = True) -> tuple[str, ...]:
     # the gateway compares its predicted hits with what usage.prompt_tokens_details reports
     argv += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
     if connector:
-        argv += ["--kv-transfer-config", json.dumps(transfer_config(spec.cache))]
+        argv += ["--kv-transfer-config", json.dumps(as_vllm_reads_it(spec.cache))]
     return (*argv, *spec.extra)
-
-
-def transfer_config(cache: Mapping[str, str | int]) -> dict[str, object]:
-    """vLLM's --kv-transfer-config.  A failed load is recomputed, never an error: that is not optional."""
-    return {
-        "kv_connector": CONNECTOR,
-        "kv_connector_module_path": CONNECTOR_MODULE,
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": dict(cache),
-    }
 
 
 def environment(spec: WorkerSpec, inherited: Mapping[str, str]) -> dict[str, str]:

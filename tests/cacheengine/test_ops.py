@@ -162,7 +162,7 @@ def test_this_process_can_run_the_cpu_twin() -> None:
 
 def test_without_a_build_the_error_says_what_to_run(tmp_path: Path) -> None:
     (tmp_path / "cacheengine").mkdir()
-    for name in ("__init__", "ops", "build", "config", "errors"):
+    for name in ("__init__", "offline", "ops", "build", "config", "errors"):
         shutil.copy(PACKAGE / f"{name}.py", tmp_path / "cacheengine")
     code = "from cacheengine import ops; print(ops.capabilities()); ops.load()"
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
