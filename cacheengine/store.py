@@ -87,6 +87,10 @@ class Store:
             **{("unwritten", tier): n for tier, n in self._held.unwritten.items()},
         }
 
+    def bits(self, key: ChunkKey) -> int:
+        """The tiers that hold `key`, as the index writes them; 0 for none."""
+        return self._held.bits(key)
+
     def inventory(self) -> list[Change]:
         """Everything the index may know.  Safe to call from another thread."""
         return self._held.inventory()

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vllm
+from vllm import envs
 from vllm.platforms import current_platform
+from vllm.utils.cpu_resource_utils import parse_id_list
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -99,3 +101,12 @@ def served_name(vllm_config: "VllmConfig") -> str:
     """The model's name as clients say it."""
     name: Any = vllm_config.model_config.served_model_name or vllm_config.model_config.model
     return str(name[0] if isinstance(name, list) else name)
+
+
+def compute_cores() -> frozenset[int]:
+    """Cores that all ranks of this worker compute on, where vLLM was told ("0-7|8-15"); empty where it chose
+    for itself: then each rank sits on a NUMA node of its own."""
+    dealt = envs.VLLM_CPU_OMP_THREADS_BIND
+    if dealt in ("auto", "nobind"):
+        return frozenset()
+    return frozenset(core for rank in dealt.split("|") for core in parse_id_list(rank))

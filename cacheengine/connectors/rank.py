@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cacheengine.arena import Arena
 from cacheengine.config import CacheConfig, ConfigError
+from cacheengine.connectors.geometry import compute_cores
 from cacheengine.connectors.tiers import host_slots, lower_tiers
 from cacheengine.connectors.wire import EngineStats, RankWords
 from cacheengine.errors import LayoutMismatch
@@ -58,7 +59,7 @@ class RankHalf:
             arena,
             self._tiers,
             io_threads=self._config.io_threads,
-            cores=spare_cores(),
+            cores=spare_cores(compute_cores()),
             verify_loads=self._config.verify_loads,
         )
         logger.info(
@@ -141,6 +142,9 @@ def _arena(slots: int, slot_bytes: int) -> Arena:
     return arena
 
 
-def spare_cores() -> frozenset[int]:
-    """Cores of this machine other than those the calling (model) thread is bound to."""
-    return frozenset(range(os.cpu_count() or 1)) - frozenset(os.sched_getaffinity(0))
+def spare_cores(computing: frozenset[int]) -> frozenset[int]:
+    """Cores of this machine nobody computes on: neither the calling (model) thread, which is bound, nor the
+    other ranks, where `computing` names their cores.  All of them when none is left: then the kernel knows
+    best which is idle."""
+    every = frozenset(range(os.cpu_count() or 1))
+    return every - frozenset(os.sched_getaffinity(0)) - computing or every

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cacheengine.config import CacheConfig
 from cacheengine.connectors.demoter import Demoter
+from cacheengine.connectors.device import DeviceMap
 from cacheengine.connectors.geometry import served_name
 from cacheengine.connectors.planner import Geometry, Planner, Scheduled
 from cacheengine.connectors.tiers import (
@@ -38,6 +39,7 @@ from cacheengine.wishes import Listener, Wish
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
@@ -79,9 +81,16 @@ class SchedulerHalf:
         self.planner = Planner(layout.scheme, geometry, self.store, demoter, probe, patience, self._tally)
         self._live: dict[str, Request] = {}
         self._refused: set[str] = set()
+        self._generation = ""  # a tag on every name once the cache was reset
+        self._device: DeviceMap | None = None
         self._index: IndexWriter | None = None
         self._wishes.start(config.redis_url)
         self._index = self._start_index(vllm_config)
+
+    def watch(self, pool: "BlockPool") -> None:
+        """Publish what vLLM's own prefix cache holds, where it has one and there is an index."""
+        if self._index is not None and pool.enable_caching:
+            self._device = DeviceMap(pool, self._layout.chunk_tokens, self._layout.blocks_per_chunk)
 
     # -- a request's life --------------------------------------------------------------------------
 
@@ -94,7 +103,7 @@ class SchedulerHalf:
             return
         self._live[request.request_id] = request
         with self._lock:
-            self.planner.begin(request.request_id, request.all_token_ids, _tags(request))
+            self.planner.begin(request.request_id, request.all_token_ids, _tags(request, self._generation))
 
     def matched(self, request: "Request", computed: int) -> int | None:
         with self._lock:
@@ -120,6 +129,10 @@ class SchedulerHalf:
             plans = self.planner.step(scheduled)
             if self._config.ttl_seconds:
                 self.store.expire(time.monotonic() - self._config.ttl_seconds)
+            if self._device is not None:
+                for req_id in cached.resumed_req_ids:  # preempted meanwhile: it has other blocks
+                    self._device.end(req_id)
+                self._device.step(scheduled, lambda req_id: self.planner._requests[req_id].chain.keys)
             self._publish()
         self._stirred = time.monotonic() if plans else self._stirred
         return StepPlans(plans, sum(item.new for item in scheduled if item.new > 1))
@@ -140,14 +153,26 @@ class SchedulerHalf:
         self._live.pop(req_id, None)
         with self._lock:
             self.planner.end(req_id)
+        if self._device is not None:
+            self._device.end(req_id)
 
     def clear(self) -> bool:
-        """Forget what can be forgotten; False when some of it can come back: from a plan under way, from the
-        disk at the next start, from Redis."""
+        """Nothing stored before can be found again by this process: the weights may have changed.
+
+        Always True, since it needs no bytes to go: chunks get other names from now on, which neither a plan
+        under way nor the disk nor Redis has heard of.  A later process that loads the weights on disk finds
+        what they made, and nothing else.  Requests that run now are no longer cached: a chunk that began
+        with the old weights must not end up under any name.
+        """
+        self._generation = uuid.uuid4().hex
+        for req_id in list(self._live):
+            self.end(req_id)
         with self._lock:
-            self.store.clear()
+            self.store.erased(self.store.clear())  # their headers may stay: nobody can ask for those names
+            if self._device is not None:
+                self._device.clear()
             self._publish()
-            return set(self.store.fill()) == {HOST} and not self.store.busy
+        return True
 
     def obey(self, wish: Wish, before: Wish) -> None:
         """Make true what people want now and did not want before.  On the index writer's thread, and once at
@@ -177,6 +202,8 @@ class SchedulerHalf:
     def busy(self) -> bool:
         """Reports are still out: keep the engine stepping so that they are heard.  Not for ever: a medium
         that hangs in the kernel would keep an idle engine spinning."""
+        if self._device is not None and self._device.stirred:
+            return True  # one step publishes it
         return self.planner.busy and time.monotonic() - self._stirred < BUSY_SECONDS
 
     def stats(self) -> EngineStats | None:
@@ -241,13 +268,21 @@ class SchedulerHalf:
         return index
 
     def _publish(self) -> None:
+        changes = self.store.drain_changes()
         if self._index is None:
-            self.store.drain_changes()
-        elif changes := self.store.drain_changes():
-            self._index.publish([Entry(*change) for change in changes])
+            return
+        if self._device is not None:
+            entries = self._device.merge(changes, self.store.bits)
+        else:
+            entries = [Entry(*change) for change in changes]
+        if entries:
+            self._index.publish(entries)
 
     def _inventory(self) -> list[Entry]:
-        return [Entry(*change) for change in self.store.inventory()]
+        held = self.store.inventory()
+        if self._device is not None:
+            return self._device.inventory(held)
+        return [Entry(*change) for change in held]
 
     def _beat(self) -> Mapping[str, float | int | str]:
         with self._lock:
@@ -261,6 +296,8 @@ class SchedulerHalf:
             for tier, pair in self.store.fill().items()
             for what, n in zip(("used", "slots"), pair, strict=True)
         }
+        if self._device is not None:
+            fill |= {"device_used": len(self._device), "device_slots": self._device.slots}
         return {**self.planner.load(), **fill, **self.planner.totals(), "layout": self._layout.name}
 
     # -- start -------------------------------------------------------------------------------------
@@ -347,5 +384,7 @@ def _uncacheable(request: "Request") -> str | None:
     return None
 
 
-def _tags(request: "Request") -> list[tuple[str, str]]:
-    return [("salt", request.cache_salt)] if request.cache_salt else []
+def _tags(request: "Request", generation: str) -> list[tuple[str, str]]:
+    """`generation` stands where an adapter would: weights of another name."""
+    tags = [("salt", request.cache_salt or ""), ("lora", generation)]
+    return [(kind, value) for kind, value in tags if value]

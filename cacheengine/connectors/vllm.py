@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -75,6 +76,10 @@ class CairnConnector(KVConnectorBase_V1, SupportsHMA):
         return False
 
     # -- scheduler ---------------------------------------------------------------------------------
+
+    def bind_gpu_block_pool(self, gpu_block_pool: "BlockPool") -> None:
+        if self._scheduler:
+            self._scheduler.watch(gpu_block_pool)
 
     def on_new_request(self, request: "Request") -> None:
         if self._scheduler:

@@ -28,8 +28,8 @@ def free_port() -> int:
 class Worker:
     """One server process.  `cache=None` is plain vLLM; `args` go to vLLM, `env` to its environment.
 
-    Starts without waiting, so that two can start at once; ready() waits.  `core` pins its compute: equal
-    thread counts are equal rounding.
+    Starts without waiting, so that two can start at once; ready() waits.  `core` pins its compute
+    ("0|1": one core for each of two ranks): equal thread counts are equal rounding.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Worker:
         cache: dict[str, str | int] | None,
         *,
         redis_url: str = "",
-        core: int = 0,
+        core: int | str = 0,
         args: Sequence[str] = (),
         env: dict[str, str] | None = None,
     ) -> None:
