@@ -43,7 +43,7 @@ STEP_TOKENS = 96  # computed in one step over all requests: prompts are prefille
 _POISON = 0xEE  # in pages nobody owns
 _PATIENCE_SECONDS = 0.3
 _BREAKER_SECONDS = 0.05
-_STUCK_SECONDS = 60.0
+_STUCK_SECONDS = 30.0
 
 
 @dataclass

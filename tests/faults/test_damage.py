@@ -44,7 +44,7 @@ def cut(path: Path, rng: random.Random) -> None:
 
 def move(path: Path, rng: random.Random) -> None:
     """A stretch of whole pages, headers and all, at another page: good frames in places of others."""
-    pages = path.stat().st_size // 4096
+    pages = max(1, path.stat().st_size // 4096)
     count, source, target = rng.randrange(1, 9), rng.randrange(pages), rng.randrange(pages)
     _patch(path, target * 4096, _bytes(path, source * 4096, count * 4096))
 
