@@ -9,7 +9,6 @@ are called is in this file.
 import hashlib
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,15 +20,16 @@ import torch
 
 from cacheengine import ops
 from cacheengine.arena import Arena
-from cacheengine.connectors.planner import Planner, Scheduled
+from cacheengine.connectors.demoter import Demoter, Write
+from cacheengine.connectors.planner import Geometry, Planner, Scheduled
 from cacheengine.errors import CacheError, TierDown
 from cacheengine.keys import ChunkKey, KeyScheme, Namespace, digest
 from cacheengine.metrics import Tally
 from cacheengine.mover import Mover, Outcome
-from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS, Plan
+from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS, Want
 from cacheengine.store import Store
 from cacheengine.tier import Ref, Tier
-from cacheengine.tiers.disk import DiskTier, scan, slots_in
+from cacheengine.tiers.disk import DiskTier, erase, scan, slots_in
 from cacheengine.tiers.redis import RedisTier
 from cacheengine.tiers.stats import TierStats
 from cacheengine.tiers.wrap import Breaker
@@ -53,6 +53,7 @@ class Request:
     id: str
     tokens: tuple[int, ...]
     on_device: int = 0  # tokens the device's own prefix cache has
+    salt: str = ""
     state: str = "waiting"
     blocks: list[int] = field(default_factory=list)
     promised: int = 0  # tokens that a load is bringing, with those on the device
@@ -76,23 +77,27 @@ class MiniEngine:
         slots: Mapping[str, int] | None = None,
         pages: int = 96,
         io_threads: int = 2,
+        write: Write = "behind",
         write_queue: int = 64,
+        share: float = 1.0,
         patience: float = _PATIENCE_SECONDS,
-        restore: Mapping[int, tuple[ChunkKey, ChunkKey, ChunkKey]] | None = None,
+        restore: Mapping[int, Want] | None = None,
     ) -> None:
         self.pages = torch.full((LAYERS, pages, BLOCK, TOKEN_BYTES), _POISON, dtype=torch.uint8)
-        self.store = Store({HOST: host, **(slots or {})})
+        self.store = Store({HOST: host, **(slots or {})}, CHUNK // BLOCK, share=share)
         if restore is not None:
-            self.store.restore(DISK, dict(restore))
+            self.store.restore(DISK, restore)
         self.tally = Tally()
         self.tiers = {name: Breaker(tier, 3, _BREAKER_SECONDS) for name, tier in (tiers or {}).items()}
         self._probe = _Probe(Breaker(tiers[REDIS], 3, _BREAKER_SECONDS)) if tiers and REDIS in tiers else None
         self.planner = Planner(
-            SCHEME, self.store, BLOCK, 1, self._probe.ask if self._probe else _nobody, patience, self.tally
-        )
+            SCHEME, Geometry(CHUNK, PAYLOAD, BLOCK, 1), self.store,
+            Demoter(self.store, write, "always", write_queue),
+            self._probe.ask if self._probe else _nobody, patience, self.tally,
+        )  # fmt: skip
         self.mover = Mover(
             ops.Paged.of(list(self.pages)), Arena(host, PAYLOAD), self.tiers,
-            io_threads=io_threads, write_queue_chunks=write_queue, cores=frozenset(), verify_loads=True,
+            io_threads=io_threads, cores=frozenset(), verify_loads=True,
         )  # fmt: skip
         self.between: Callable[[], object] = lambda: None
         self.host = host
@@ -100,18 +105,17 @@ class MiniEngine:
         self.served = 0
         self._free = list(range(pages))
         self._live: dict[str, Request] = {}
-        self._legs: Counter[tuple[int, str]] = Counter()
-        self._owed: set[tuple[int, str]] = set()
+        self._owed: set[int] = set()  # plans the mover has yet to report
         self._ids = 0
 
     # -- what a client sees ------------------------------------------------------------------------
 
-    def ask(self, tokens: Sequence[int], on_device: int = 0) -> Request:
-        """A new request.  `on_device`: whole blocks that vLLM's own prefix cache holds."""
+    def ask(self, tokens: Sequence[int], on_device: int = 0, salt: str = "") -> Request:
+        """A new request.  `on_device`: tokens, in whole blocks, that vLLM's own prefix cache holds."""
         self._ids += 1
-        request = Request(f"r{self._ids}", tuple(tokens), on_device)
+        request = Request(f"r{self._ids}", tuple(tokens), on_device, salt)
         self._live[request.id] = request
-        self.planner.begin(request.id, request.tokens, [])
+        self.planner.begin(request.id, request.tokens, [("salt", salt)] if salt else [])
         return request
 
     def serve(self, *prompts: Sequence[int]) -> list[Request]:
@@ -125,9 +129,15 @@ class MiniEngine:
         self._until(lambda: not self._live)
 
     def settle(self) -> None:
-        """Step until every plan is reported; then the books must balance."""
-        self._until(lambda: not self._live and not self.store.busy)
+        """Step until everything is written and every plan is reported; then the books must balance."""
+        self._until(lambda: not self._live and not self.planner.busy)
         self.check()
+
+    def clear(self, folder: Path, slots: int) -> None:
+        """Forget everything, so that no restart over `folder` finds it again."""
+        self._erase(folder, slots, self.store.clear())
+        self._until(lambda: not self.store.busy)
+        self._erase(folder, slots, self.store.to_erase())
 
     def wait_for_probes(self) -> None:
         """Until every look-up asked so far has been answered."""
@@ -158,10 +168,13 @@ class MiniEngine:
                     Scheduled(request.id, request.tokens, request.computed, new, tuple(request.blocks))
                 )
         plans = self.planner.step(scheduled)
-        self._owed |= {(plan.id, leg) for plan in plans for leg in legs(plan)}
+        assert not self._owed & {plan.id for plan in plans}
+        self._owed |= {plan.id for plan in plans}
         for plan in plans:
             if plan.kind == "load":
                 self.mover.load(plan)
+            elif plan.kind == "demote":
+                self.mover.demote(plan)
         for item in scheduled:
             self._compute(self._live[item.req_id], item.new)
         self.mover.save([plan for plan in plans if plan.kind == "save"])
@@ -195,11 +208,10 @@ class MiniEngine:
         assert outcome.verify_failures == 0
         for req_id in outcome.loaded:
             self._arrived(self._live[req_id], outcome.bad_blocks)
-        for plan, leg, kept in outcome.reports:
-            self._legs[plan, leg] += 1
-            assert self._legs[plan, leg] == 1, f"{leg} of plan {plan} was reported twice"
-            self._owed.discard((plan, leg))
-            self.planner.report({(plan, leg): (1, kept)})
+        for plan, kept in outcome.reports:
+            assert plan in self._owed, f"plan {plan} was reported twice"
+            self._owed.discard(plan)
+            self.planner.report({plan: (1, kept)})
         self.store.check()
 
     def _arrived(self, request: Request, bad: set[int]) -> None:
@@ -231,7 +243,7 @@ class MiniEngine:
         """Every computed token's bytes are what computing it writes, whoever wrote them."""
         at = _slots(request.blocks, 0, request.computed)
         got = self.pages.view(LAYERS, -1, TOKEN_BYTES)[:, at]
-        same = torch.equal(got, truth(request.tokens)[:, : request.computed])
+        same = torch.equal(got, truth(request.tokens, request.salt)[:, : request.computed])
         assert same, f"{request.id}: wrong bytes under {request.computed} computed tokens"
 
     def check(self) -> None:
@@ -262,9 +274,13 @@ class MiniEngine:
             if not any(r.state == "running" for r in self._live.values()):
                 time.sleep(0.0005)
 
+    def _erase(self, folder: Path, slots: int, which: list[int]) -> None:
+        erase((folder,), capacity(slots), PAYLOAD, SCHEME.namespace, 0, 1, which)
+        self.store.erased(which)
+
     def _write(self, request: Request, start: int, end: int) -> None:
         at = _slots(request.blocks, start, end)
-        self.pages.view(LAYERS, -1, TOKEN_BYTES)[:, at] = truth(request.tokens)[:, start:end]
+        self.pages.view(LAYERS, -1, TOKEN_BYTES)[:, at] = truth(request.tokens, request.salt)[:, start:end]
 
     def _expect(self, value: int, blocks: Sequence[int]) -> None:
         clean = bool((self.pages[:, list(blocks)] == value).all())
@@ -309,11 +325,6 @@ def _nobody(keys: Sequence[ChunkKey]) -> None:
     return None
 
 
-def legs(plan: Plan) -> list[str]:
-    """What the ranks owe for a plan."""
-    return ["load"] if plan.kind == "load" else [HOST, *(spill.tier for spill in plan.spills)]
-
-
 def stats_of(tier: Tier) -> TierStats:
     """The counters of a tier, through whatever wraps it."""
     while not hasattr(tier, "stats"):
@@ -322,14 +333,19 @@ def stats_of(tier: Tier) -> TierStats:
 
 
 def disk_tier(folder: Path, slots: int) -> DiskTier:
-    return DiskTier(folder, capacity(slots), PAYLOAD, SCHEME.namespace, CHUNK, 0, 1)
+    return DiskTier((folder,), capacity(slots), PAYLOAD, SCHEME.namespace, CHUNK, 0, 1)
 
 
-def found(folder: Path, slots: int) -> dict[int, tuple[ChunkKey, ChunkKey, ChunkKey]]:
+def found(folder: Path, slots: int) -> dict[int, Want]:
     """What a restart finds, as the store wants it."""
-    claims = scan(folder, capacity(slots), PAYLOAD, SCHEME.namespace, 0, 1)
+    claims = scan((folder,), capacity(slots), PAYLOAD, SCHEME.namespace, 0, 1)
     return {
-        slot: (info.key, ChunkKey(info.parent) if info.parent else NO_PARENT, ChunkKey(info.root))
+        slot: Want(
+            info.key,
+            ChunkKey(info.parent) if info.parent else NO_PARENT,
+            ChunkKey(info.root),
+            info.tokens // BLOCK,
+        )
         for slot, info in claims.items()
     }
 
@@ -372,9 +388,10 @@ def prompt(n: int, chunks: int = 4, tail: int = 21) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=512)
-def truth(tokens: tuple[int, ...]) -> torch.Tensor:
-    """uint8 [layers, tokens, token bytes]: what computing this prompt writes."""
-    state, rows = hashlib.sha256(), []
+def truth(tokens: tuple[int, ...], salt: str = "") -> torch.Tensor:
+    """uint8 [layers, tokens, token bytes]: what computing this prompt writes.  Salts differ in it, so that
+    sharing between them would be seen."""
+    state, rows = hashlib.sha256(salt.encode()), []
     for token in tokens:
         state.update(token.to_bytes(4, "little"))
         rows.append(hashlib.shake_128(state.digest()).digest(LAYERS * TOKEN_BYTES))

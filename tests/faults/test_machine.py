@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
+from cacheengine.connectors.demoter import Write
 from cacheengine.plan import DISK, REDIS
 from tests.faults.rig import (
     BLOCK,
     CHUNK,
+    SCHEME,
     MiniEngine,
     Request,
     Weather,
@@ -60,7 +63,7 @@ class Faults(RuleBasedStateMachine):
         self.asked: list[Request] = []
         self.open()
 
-    def open(self) -> None:
+    def open(self, write: Write = "behind", share: float = 1.0) -> None:
         tiers: dict[str, Any] = {DISK: Weather(disk_tier(self.folder, SLOTS))}
         slots = {DISK: SLOTS}
         if self.shared:
@@ -69,13 +72,14 @@ class Faults(RuleBasedStateMachine):
         self.weather = list(tiers.values())
         self.engine = MiniEngine(
             tiers, slots=slots, host=HOST, pages=80, restore=found(self.folder, SLOTS), patience=0.05,
-            write_queue=6,
+            write=write, write_queue=6, share=share,
         )  # fmt: skip
 
-    @rule(tokens=prompts, device=st.integers(0, 8))
-    def ask(self, tokens: tuple[int, ...], device: int) -> None:
+    @rule(tokens=prompts, device=st.integers(0, 8), salt=st.sampled_from(["", "", "a"]))
+    def ask(self, tokens: tuple[int, ...], device: int, salt: str) -> None:
         blocks = min(device, (len(tokens) - 1) // BLOCK)
-        self.asked = [r for r in self.asked if r.state != "done"] + [self.engine.ask(tokens, blocks * BLOCK)]
+        self.asked = [r for r in self.asked if r.state != "done"]
+        self.asked.append(self.engine.ask(tokens, blocks * BLOCK, salt))
 
     @rule(tokens=prompts)
     def serve(self, tokens: tuple[int, ...]) -> None:
@@ -117,14 +121,22 @@ class Faults(RuleBasedStateMachine):
 
     @rule()
     def clear(self) -> None:
-        self.engine.store.clear()
+        self.engine.clear(self.folder, SLOTS)
+
+    @rule(tokens=prompts)
+    def pin(self, tokens: tuple[int, ...]) -> None:
+        self.engine.store.set_pins(SCHEME.keys(tokens))
 
     @rule()
-    def restart(self) -> None:
+    def expire(self) -> None:
+        self.engine.store.expire(time.monotonic())
+
+    @rule(write=st.sampled_from(["behind", "idle", "on_evict"]), share=st.sampled_from([1.0, 0.5]))
+    def restart(self, write: Write, share: float) -> None:
         """As after kill -9: whoever was being served is gone, the disk is what it is."""
         self.engine.close()
         self.asked = []
-        self.open()
+        self.open(write, share)
 
     def teardown(self) -> None:
         try:

@@ -24,6 +24,7 @@ from tests.faults.liar import HANG_UP, Liar
 from tests.faults.rig import MiniEngine, Weather, disk_tier, on_both, on_disk, on_redis, prompt
 
 SLOTS = 24
+FULL = 4 * 64  # tokens in the full chunks of a prompt; its tail may come on top
 fresh = count(100)  # prompts nobody asked before
 
 
@@ -180,7 +181,7 @@ def test_what_redis_evicts_between_look_up_and_load_is_computed(valkey, admin, k
     first, *_ = stored(engine)
     engine.between = lambda: admin.delete(*admin.keys(what))
     (request,) = engine.serve(first)
-    assert request.loaded < 4 * 64
+    assert request.loaded < FULL
     engine.between = lambda: None
     comes_back(engine, REDIS)
 
@@ -357,7 +358,7 @@ def test_while_a_load_crawls_from_a_slow_redis_others_are_served(valkey, keep):
             engine.step()
         assert held.state == "loading"
         engine.run()
-        assert held.loaded == 4 * 64
+        assert held.loaded >= FULL
         wire.rate = float("inf")
 
 
@@ -399,7 +400,7 @@ def test_what_the_disk_lost_is_read_from_redis_by_the_next_life(tmp_path, valkey
     engine = keep(on_both(tmp_path / "b", valkey.url))
     for one in prompts:
         (request,) = engine.serve(one)
-        assert request.loaded == 4 * 64
+        assert request.loaded >= FULL
     assert engine.read_from(REDIS) > 0
 
 
@@ -408,5 +409,5 @@ def test_a_folder_in_use_is_not_harmed_by_a_second_engine(tmp_path, keep):
     prompts = stored(engine)
     with pytest.raises(ValueError, match="in use"):
         disk_tier(tmp_path, SLOTS)
-    assert engine.serve(prompts[0])[0].loaded == 4 * 64
+    assert engine.serve(prompts[0])[0].loaded >= FULL
 
