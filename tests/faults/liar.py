@@ -10,7 +10,7 @@ HANG_UP = b"<hang up>"
 
 
 class Liar(Throttle):
-    """`lies`: command name → reply, "" for all others; None passes everything on.  An empty reply is silence."""
+    """`lies`: command name → reply, "" for all others; an empty reply is silence.  None: the truth."""
 
     lies: Mapping[str, bytes] | None = None
 
