@@ -403,6 +403,22 @@ def test_what_the_disk_lost_is_read_from_redis_by_the_next_life(tmp_path, valkey
     assert engine.read_from(REDIS) > 0
 
 
+def test_what_was_cleared_does_not_come_back_with_the_next_start(tmp_path, keep):
+    engine = on_disk(tmp_path, SLOTS)
+    prompts = stored(engine)
+    half_way = engine.ask(prompts[0])  # a load is under way, and then a save
+    while half_way.state == "waiting":
+        engine.step()
+    engine.clear(tmp_path, SLOTS)
+    (after,) = engine.serve(prompts[1])
+    assert after.loaded == 0
+    engine.clear(tmp_path, SLOTS)
+    engine.settle()
+    engine.close()
+    engine = keep(on_disk(tmp_path, SLOTS))
+    assert [request.loaded for one in prompts for request in engine.serve(one)] == [0, 0, 0]
+
+
 def test_a_folder_in_use_is_not_harmed_by_a_second_engine(tmp_path, keep):
     engine = keep(on_disk(tmp_path, SLOTS))
     prompts = stored(engine)
