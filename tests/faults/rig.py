@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,7 @@ class MiniEngine:
         self._live: dict[str, Request] = {}
         self._owed: set[int] = set()  # plans the mover has yet to report
         self._ids = 0
+        self._erase: Callable[[Sequence[int]], None] = _nothing_to_erase
 
     # -- what a client sees ------------------------------------------------------------------------
 
@@ -134,10 +135,10 @@ class MiniEngine:
         self.check()
 
     def clear(self, folder: Path, slots: int) -> None:
-        """Forget everything, so that no restart over `folder` finds it again."""
-        self._erase(folder, slots, self.store.clear())
-        self._until(lambda: not self.store.busy)
-        self._erase(folder, slots, self.store.to_erase())
+        """Forget everything, so that no restart over `folder` finds it again; what is under way, as soon as
+        it has been reported."""
+        self._erase = partial(erase, (folder,), capacity(slots), PAYLOAD, SCHEME.namespace, 0, 1)
+        self._empty(self.store.clear())
 
     def wait_for_probes(self) -> None:
         """Until every look-up asked so far has been answered."""
@@ -212,6 +213,7 @@ class MiniEngine:
             assert plan in self._owed, f"plan {plan} was reported twice"
             self._owed.discard(plan)
             self.planner.report({plan: (1, kept)})
+        self._empty(self.store.to_erase())
         self.store.check()
 
     def _arrived(self, request: Request, bad: set[int]) -> None:
@@ -274,9 +276,10 @@ class MiniEngine:
             if not any(r.state == "running" for r in self._live.values()):
                 time.sleep(0.0005)
 
-    def _erase(self, folder: Path, slots: int, which: list[int]) -> None:
-        erase((folder,), capacity(slots), PAYLOAD, SCHEME.namespace, 0, 1, which)
-        self.store.erased(which)
+    def _empty(self, slots: list[int]) -> None:
+        if slots:
+            self._erase(slots)
+            self.store.erased(slots)
 
     def _write(self, request: Request, start: int, end: int) -> None:
         at = _slots(request.blocks, start, end)
@@ -319,6 +322,10 @@ class _Probe:
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def _nothing_to_erase(slots: Sequence[int]) -> None:
+    raise AssertionError("slots to erase before anything was cleared")
 
 
 def _nobody(keys: Sequence[ChunkKey]) -> None:

@@ -61,6 +61,7 @@ class Faults(RuleBasedStateMachine):
             self.admin = self.shared.client()
             self.admin.flushall()
         self.asked: list[Request] = []
+        self.new = 0
         self.open()
 
     def open(self, write: Write = "behind", share: float = 1.0) -> None:
@@ -72,7 +73,7 @@ class Faults(RuleBasedStateMachine):
         self.weather = list(tiers.values())
         self.engine = MiniEngine(
             tiers, slots=slots, host=HOST, pages=80, restore=found(self.folder, SLOTS), patience=0.05,
-            write=write, write_queue=6, share=share,
+            write=write, write_queue=6, share=share, io_threads=1,
         )  # fmt: skip
 
     @rule(tokens=prompts, device=st.integers(0, 8), salt=st.sampled_from(["", "", "a"]))
@@ -83,6 +84,7 @@ class Faults(RuleBasedStateMachine):
 
     @rule(tokens=prompts)
     def serve(self, tokens: tuple[int, ...]) -> None:
+        self.thaw()
         (request,) = self.engine.serve(tokens)
         assert request.computed == 0
         assert request.state == "done"
@@ -99,7 +101,27 @@ class Faults(RuleBasedStateMachine):
 
     @rule()
     def settle(self) -> None:
+        self.thaw()
         self.engine.settle()
+
+    @rule(which=st.integers(0, 1))
+    def hang(self, which: int) -> None:
+        """Loads and writes stay under way while everything else goes on."""
+        self.weather[which % len(self.weather)].gate.clear()
+
+    @rule()
+    def thaw(self) -> None:
+        for weather in self.weather:
+            weather.gate.set()
+
+    @rule()
+    def churn(self) -> None:
+        """New chunks in whatever slots are free, also while loads and writes hang."""
+        for _ in range(2):
+            self.new += 1
+            self.asked.append(self.engine.ask(prompt(100 + self.new, chunks=2)))
+        for _ in range(8):
+            self.engine.step()
 
     @rule(name=st.sampled_from(sorted(HARMS)), seed=st.integers(0, 1 << 20))
     def harm(self, name: str, seed: int) -> None:
@@ -134,12 +156,14 @@ class Faults(RuleBasedStateMachine):
     @rule(write=st.sampled_from(["behind", "idle", "on_evict"]), share=st.sampled_from([1.0, 0.5]))
     def restart(self, write: Write, share: float) -> None:
         """As after kill -9: whoever was being served is gone, the disk is what it is."""
+        self.thaw()
         self.engine.close()
         self.asked = []
         self.open(write, share)
 
     def teardown(self) -> None:
         try:
+            self.thaw()
             for weather in self.weather:
                 weather.down = False
             self.engine.settle()

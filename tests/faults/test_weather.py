@@ -88,6 +88,65 @@ def test_while_a_disk_hangs_under_a_load_other_requests_are_served(weather):
     assert held.loaded > 0
 
 
+def held_up(engine: MiniEngine, disk: Weather) -> None:
+    """Every loader waits for the disk, so that a load from the host arena waits in their queue."""
+    blocking = [engine.ask(prompt(n)) for n in (0, 1)]
+    disk.gate.clear()
+    while any(request.state == "waiting" for request in blocking):
+        engine.step()
+    assert [request.state for request in blocking] == ["loading"] * 2
+
+
+@pytest.mark.parametrize("how", ["clear", "expire", "evict"])
+def test_a_slot_is_not_given_away_while_a_load_waits_to_read_it(tmp_path, keep, how):
+    disks: list[Weather] = []
+    engine = keep(
+        on_disk(tmp_path, SLOTS, wrap=lambda tier: disks.append(Weather(tier)) or disks[0], host=16)
+    )
+    for n in (0, 1, *range(10, 13)):  # 0 and 1 end on the disk alone
+        engine.serve(prompt(n))
+        engine.settle()
+    held_up(engine, disks[0])
+    waiting = engine.ask(prompt(12))
+    engine.step()
+    assert waiting.state == "loading"
+    if how == "clear":
+        engine.clear(tmp_path, SLOTS)
+    if how == "expire":
+        for _ in range(4):
+            engine.store.expire(time.monotonic())
+    others = [engine.ask(prompt(n)) for n in range(20, 24)]  # take every slot they can get
+    while any(request.state != "done" for request in others):
+        engine.step()
+    assert waiting.state == "loading"
+    disks[0].gate.set()
+    engine.run()  # the rig compares what it got
+    assert waiting.loaded > 0
+
+
+@pytest.mark.parametrize("how", ["clear", "expire", "evict"])
+def test_a_slot_is_not_given_away_while_a_write_waits_to_read_it(tmp_path, keep, how):
+    """A frame packed from another chunk's bytes would carry the right checksum of the wrong KV."""
+    disks: list[Weather] = []
+    engine = on_disk(tmp_path, SLOTS, wrap=lambda tier: disks.append(Weather(tier)) or disks[0], host=8)
+    disks[0].gate.clear()
+    engine.serve(prompt(1))  # its write hangs
+    if how == "clear":
+        engine.clear(tmp_path, SLOTS)
+    if how == "expire":
+        for _ in range(4):
+            engine.store.expire(time.monotonic())
+    for n in range(20, 24):
+        engine.serve(prompt(n))
+    disks[0].gate.set()
+    engine.settle()
+    engine.close()
+    engine = keep(on_disk(tmp_path, SLOTS, host=8))
+    for n in (1, *range(20, 24)):
+        engine.serve(prompt(n))
+        engine.settle()
+
+
 def test_a_slow_disk_is_only_slow(weather):
     engine, disk = weather
     prompts = stored(engine)
