@@ -56,7 +56,8 @@ def percentile(values: Sequence[float], percent: int) -> float:
 
 def split(arrivals: Sequence[float], start: float, end: float) -> tuple[list[float], list[float]]:
     """Gaps (those outside start … end, those that overlap it).  Raises BenchFailed where one is missing."""
-    beside, during = [], []
+    beside: list[float] = []
+    during: list[float] = []
     for before, after in pairwise(arrivals):
         (during if after > start and before < end else beside).append(after - before)
     if not during or not beside or arrivals[-1] < end:

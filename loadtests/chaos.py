@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import redis
 
 from gateway.launch.processes import kill_group
 
+T = TypeVar("T")
 _PAUSE_SECONDS = (4.0, 12.0)  # between the end of one fault and the next
 _LONGEST_FREEZE_SECONDS = 10.0
 _VALKEY_KILLS = 4  # the supervisor gives a part up that fails six times in a row
@@ -125,7 +127,7 @@ class Chaos:
 
     def squeeze(self) -> float | None:
         """Valkey evicts nearly everything it has."""
-        before = self._ask(lambda client: client.config_get("maxmemory")["maxmemory"])
+        before = self._ask(lambda client: str(client.config_get("maxmemory")["maxmemory"]))
         if before is None or self._ask(lambda c: c.config_set("maxmemory", _SQUEEZED_BYTES)) is None:
             return None
         self._undo = lambda: self._ask(lambda client: client.config_set("maxmemory", before))
@@ -150,7 +152,7 @@ class Chaos:
         files = [path for path in sorted(self._disk.rglob("*")) if path.is_file() and path.stat().st_size]
         return self._rng.choice(files) if files else None
 
-    def _ask(self, question: "Callable[[redis.Redis], object]") -> "object | None":
+    def _ask(self, question: "Callable[[redis.Redis], T]") -> T | None:
         try:
             with redis.Redis.from_url(self._redis_url, socket_timeout=2, decode_responses=True) as client:
                 return question(client)

@@ -142,7 +142,8 @@ def references(engine: Engine, prompts: Sequence[Sequence[int]], console: Consol
         body = body_of("bench", prompt, stream=False) | {"logprobs": 2}
         choice = engine.http.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]
         best = [sorted(top.values(), reverse=True) for top in choice["logprobs"]["top_logprobs"]]
-        found.append(Reference(choice["token_ids"], [values[0] - values[1] for values in best]))
+        margins = [values[0] - values[1] if len(values) > 1 else 1.0 for values in best]
+        found.append(Reference(choice["token_ids"], margins))
         if n % 10 == 9:
             console.print(f"reference answers: {n + 1} of {len(prompts)}")
     return found

@@ -8,10 +8,11 @@ import asyncio
 import contextlib
 import threading
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 Target = tuple[str, int] | str  # host and port, or the path of a unix socket
-Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
+Reader: TypeAlias = asyncio.StreamReader
+Writer: TypeAlias = asyncio.StreamWriter
 UNLIMITED = float("inf")
 _SLICE_SECONDS = 0.02  # of the rate that is passed at once: small enough to be smooth
 _LARGEST_BYTES, _SMALLEST_BYTES = 256 << 10, 1 << 10
