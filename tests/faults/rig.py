@@ -23,6 +23,7 @@ from cacheengine.arena import Arena
 from cacheengine.connectors.demoter import Demoter, Write
 from cacheengine.connectors.planner import Geometry, Planner, Scheduled
 from cacheengine.errors import CacheError, TierDown
+from cacheengine.evict import DEFAULT_EVICTOR, EVICTORS
 from cacheengine.keys import ChunkKey, KeyScheme, Namespace, digest
 from cacheengine.metrics import Tally
 from cacheengine.mover import Mover, Outcome
@@ -80,11 +81,12 @@ class MiniEngine:
         write: Write = "behind",
         write_queue: int = 64,
         share: float = 1.0,
+        eviction: str = DEFAULT_EVICTOR,
         patience: float = _PATIENCE_SECONDS,
         restore: Mapping[int, Want] | None = None,
     ) -> None:
         self.pages = torch.full((LAYERS, pages, BLOCK, TOKEN_BYTES), _POISON, dtype=torch.uint8)
-        self.store = Store({HOST: host, **(slots or {})}, CHUNK // BLOCK, share=share)
+        self.store = Store({HOST: host, **(slots or {})}, CHUNK // BLOCK, EVICTORS[eviction], share)
         if restore is not None:
             self.store.restore(DISK, restore)
         self.tally = Tally()

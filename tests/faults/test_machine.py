@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from cacheengine.connectors.demoter import Write
+from cacheengine.evict import DEFAULT_EVICTOR, EVICTORS
 from cacheengine.plan import DISK, REDIS
 from tests.faults.rig import (
     BLOCK,
@@ -64,7 +65,7 @@ class Faults(RuleBasedStateMachine):
         self.new = 0
         self.open()
 
-    def open(self, write: Write = "behind", share: float = 1.0) -> None:
+    def open(self, write: Write = "behind", share: float = 1.0, eviction: str = DEFAULT_EVICTOR) -> None:
         tiers: dict[str, Any] = {DISK: Weather(disk_tier(self.folder, SLOTS))}
         slots = {DISK: SLOTS}
         if self.shared:
@@ -73,7 +74,7 @@ class Faults(RuleBasedStateMachine):
         self.weather = list(tiers.values())
         self.engine = MiniEngine(
             tiers, slots=slots, host=HOST, pages=80, restore=found(self.folder, SLOTS), patience=0.05,
-            write=write, write_queue=6, share=share, io_threads=1,
+            write=write, write_queue=6, share=share, eviction=eviction, io_threads=1,
         )  # fmt: skip
 
     @rule(tokens=prompts, device=st.integers(0, 8), salt=st.sampled_from(["", "", "a"]))
@@ -153,13 +154,17 @@ class Faults(RuleBasedStateMachine):
     def expire(self) -> None:
         self.engine.store.expire(time.monotonic())
 
-    @rule(write=st.sampled_from(["behind", "idle", "on_evict"]), share=st.sampled_from([1.0, 0.5]))
-    def restart(self, write: Write, share: float) -> None:
+    @rule(
+        write=st.sampled_from(["behind", "idle", "on_evict"]),
+        share=st.sampled_from([1.0, 0.5]),
+        eviction=st.sampled_from(sorted(EVICTORS)),
+    )
+    def restart(self, write: Write, share: float, eviction: str) -> None:
         """As after kill -9: whoever was being served is gone, the disk is what it is."""
         self.thaw()
         self.engine.close()
         self.asked = []
-        self.open(write, share)
+        self.open(write, share, eviction)
 
     def teardown(self) -> None:
         try:
