@@ -72,7 +72,7 @@ class Bench:
     def run(self) -> list[Repetition]:
         cache: dict[str, str | int] = {"chunk_tokens": CHUNK, "host_bytes": 1 * GIB}
         with ExitStack() as stack:
-            redis_url = stack.enter_context(self.lab.valkey(3))
+            redis_url = stack.enter_context(self.lab.valkey())
             writer = {**cache, "worker_id": "writer"}
             with self.lab.engine("writer", writer, *NO_DEVICE_CACHE, redis_url=redis_url) as engine:
                 for prompt in self.prompts:
