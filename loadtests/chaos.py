@@ -3,9 +3,10 @@
 import os
 import random
 import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -16,11 +17,12 @@ import redis
 from gateway.launch.processes import kill_group
 
 T = TypeVar("T")
+Fault = Callable[[], float | None]
 _PAUSE_SECONDS = (4.0, 12.0)  # between the end of one fault and the next
 _LONGEST_FREEZE_SECONDS = 10.0
 _VALKEY_KILLS = 4  # the supervisor gives a part up that fails six times in a row
 _WORKER_KILLS = 3
-_FLOOD = 5  # prompts nobody asks again
+_FLOOD = 4  # prompts nobody asks again
 _SQUEEZED_BYTES = 40 << 20
 
 
@@ -46,6 +48,7 @@ class Chaos:
         self.last = "none yet"
         self._next = time.monotonic() + 5.0
         self._undo: Callable[[], object] | None = None
+        self._deck: list[Fault] = [self.freeze, self.kill_worker]  # a worker first: it takes long to be back
 
     def tick(self, *, kills: bool) -> None:
         now = time.monotonic()
@@ -55,7 +58,7 @@ class Chaos:
             self.heal()
             self._next = now + self._rng.uniform(*_PAUSE_SECONDS)
             return
-        fault = self._rng.choice(self._possible(kills))
+        fault = self._draw(kills)
         self.last = fault.__name__
         lasts = fault()
         if lasts is not None:
@@ -68,14 +71,21 @@ class Chaos:
         if undo:
             undo()
 
-    def _possible(self, kills: bool) -> list[Callable[[], float | None]]:
-        faults = [self.freeze, self.freeze, self.flip, self.flip, self.truncate, self.squeeze, self.flush]
-        faults += [self.flood, self.flood]
-        if self.counts["kill_valkey"] < _VALKEY_KILLS:
-            faults.append(self.kill_valkey)
-        if kills and self.counts["kill_worker"] < _WORKER_KILLS and self._whole():
-            faults += [self.kill_worker] * 3
-        return faults
+    def _draw(self, kills: bool) -> Fault:
+        """The next card: every fault comes once before any comes again."""
+        if not self._deck:
+            self._deck = [
+                self.freeze, self.flip, self.truncate, self.squeeze, self.flush, self.flood, self.kill_valkey,
+                self.kill_worker,
+            ]  # fmt: skip
+            self._rng.shuffle(self._deck)
+        fault = self._deck.pop()
+        if fault == self.kill_valkey and self.counts["kill_valkey"] >= _VALKEY_KILLS:
+            return self.freeze
+        tired = self.counts["kill_worker"] >= _WORKER_KILLS
+        if fault == self.kill_worker and (tired or not kills or not self._whole()):
+            return self.flip
+        return fault
 
     # -- faults: each returns how many seconds it lasts, None when there was nothing to break ------
 
@@ -139,14 +149,18 @@ class Chaos:
 
     def flood(self) -> float | None:
         """Prompts that nobody will ask again push out what is useful."""
-        with suppress(httpx.HTTPError):
-            for _ in range(_FLOOD):
-                prompt = [self._rng.randrange(100, 40_000) for _ in range(self._rng.randrange(300, 1500))]
-                body = {"model": "soak", "prompt": prompt, "max_tokens": 1}
-                httpx.post(f"{self._url}/v1/completions", json=body, timeout=60, trust_env=False)
-        return 0.0
+        lengths = [self._rng.randrange(300, 1200) for _ in range(_FLOOD)]
+        prompts = [[self._rng.randrange(100, 40_000) for _ in range(length)] for length in lengths]
+        threading.Thread(target=self._pour, args=(prompts,), daemon=True).start()
+        return 10.0
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _pour(self, prompts: Sequence[Sequence[int]]) -> None:
+        for prompt in prompts:
+            body = {"model": "soak", "prompt": list(prompt), "max_tokens": 1}
+            with suppress(httpx.HTTPError):
+                httpx.post(f"{self._url}/v1/completions", json=body, timeout=60, trust_env=False)
 
     def _disk_file(self) -> Path | None:
         files = [path for path in sorted(self._disk.rglob("*")) if path.is_file() and path.stat().st_size]
