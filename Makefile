@@ -21,7 +21,7 @@ STAMP := .install-stamp
 SOURCES := pyproject.toml requirements/cpu.txt requirements/install.sh cacheengine/build.py \
 	$(wildcard requirements/stubs/*/pyproject.toml csrc/*)
 
-.PHONY: help install up check test load bench compose-test docs clean
+.PHONY: help install up check test load bench soak compose-test docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -49,6 +49,9 @@ load: $(STAMP) ## 60 seconds of load on the running stack (PORT=… if not 8000)
 
 bench: $(STAMP) ## every quick benchmark; the last line of each is JSON
 	@$(BIN)/python -m loadtests --quick
+
+soak: $(STAMP) ## random faults under load for MINUTES=20; every answer compared, memory watched
+	@$(BIN)/python -m loadtests.soak --minutes $(or $(MINUTES),20)
 
 compose-test: ## the same stack in containers: build, chat, lose a worker, down; exit 77 without Docker
 	@$(or $(wildcard $(BIN)/python),python3) compose/test.py $(COMPOSE_TEST_ARGS)
