@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from cacheengine import ops
 from cacheengine.arena import Arena
 from cacheengine.errors import CacheError
 from cacheengine.plan import GONE, HOST, SKIP, Move, Op, Plan, Report, Timing
+from cacheengine.pool import submit
 from cacheengine.tier import Ref, Tier
 
 logger = logging.getLogger(__name__)
@@ -78,7 +80,7 @@ class Mover:
         """Start writing a plan's chunks from their host slots to the tier below.  The caller bounds how many
         are under way."""
         try:
-            self._writers[plan.moves[0].tier].submit(self._write, plan)
+            submit(self._writers[plan.moves[0].tier], partial(self._write, plan))
         except RuntimeError as exc:  # no thread to be had
             logger.warning("writing plan %d cannot start: %s", plan.id, exc)
             self._report([Report(plan.id, 0)])
@@ -90,7 +92,7 @@ class Mover:
         job.open = len(batches)
         for batch in batches:
             try:
-                self._loaders.submit(self._load_batch, job, batch)
+                submit(self._loaders, partial(self._load_batch, job, batch))
             except RuntimeError as exc:  # no thread to be had: a miss, and reported as one
                 logger.warning("load of plan %d cannot start: %s", plan.id, exc)
                 self._finish_batch(job, batch, 0)

@@ -38,12 +38,13 @@ MAY_IMPORT = {
     "cacheengine.wishes": WORDS,
     "cacheengine.offline": WORDS,
     "cacheengine.tiers": {
-        "cacheengine.tiers", "cacheengine.tier", "cacheengine.frame", "cacheengine.redis_url", *WORDS,
+        "cacheengine.tiers", "cacheengine.tier", "cacheengine.frame", "cacheengine.pool",
+        "cacheengine.redis_url", *WORDS,
     },
     "cacheengine.connectors": {"cacheengine"},
     "cacheengine": {
         "cacheengine.arena", "cacheengine.build", "cacheengine.layout", "cacheengine.offline",
-        "cacheengine.ops", "cacheengine.plan", "cacheengine.tier", *WORDS,
+        "cacheengine.ops", "cacheengine.plan", "cacheengine.pool", "cacheengine.tier", *WORDS,
     },
     "router": {"router", *INDEX, *WORDS},
     "gateway": {"gateway", "router", "cacheengine.metrics", "cacheengine.redis_url", *INDEX, *WORDS},

@@ -5,7 +5,6 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from cacheengine.config import CacheConfig
@@ -13,6 +12,7 @@ from cacheengine.connectors.demoter import Demoter
 from cacheengine.connectors.device import DeviceMap
 from cacheengine.connectors.geometry import served_name
 from cacheengine.connectors.planner import Geometry, Planner, Scheduled
+from cacheengine.connectors.remote import Remote, nobody
 from cacheengine.connectors.tiers import (
     disk_folders,
     disk_slots,
@@ -32,9 +32,7 @@ from cacheengine.metrics import Tally
 from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS, Want
 from cacheengine.redis_url import index_url
 from cacheengine.store import Store
-from cacheengine.tier import Ref
 from cacheengine.tiers.disk import erase, scan
-from cacheengine.tiers.wrap import Breaker
 from cacheengine.wishes import Listener, Wish
 
 if TYPE_CHECKING:
@@ -47,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 REDIS_REMEMBERED = 200_000  # chunks we remember having put there; Redis itself is asked before every load
 BUSY_SECONDS = 30.0
-MAX_PROBES = 64  # look-ups waiting at once; a prompt beyond it does without Redis
 PATIENCE_FACTOR = 2.0  # a Redis look-up may take this many deadlines before it counts as a miss
 
 
@@ -73,9 +70,12 @@ class SchedulerHalf:
             self._restore_disk()
         note = disk_folders(config)[0] / "wishes.json" if config.disk_path else None
         self._wishes = Listener(layout.scheme.namespace.hex(), self._served, self.obey, note)
-        self._remote = _Remote(config, layout, self._served, self._ranks) if config.redis_url else None
+        self._remote: Remote | None = None
+        if config.redis_url:
+            tiers = [redis_tier(config, layout, self._served, r, self._ranks) for r in range(self._ranks)]
+            self._remote = Remote(tiers)
         patience = PATIENCE_FACTOR * config.redis_timeout_ms / 1000
-        probe = self._remote.ask if self._remote else _nobody
+        probe = self._remote.ask if self._remote else nobody
         geometry = Geometry(layout.chunk_tokens, layout.payload_bytes, layout.block_tokens, self._ranks)
         demoter = Demoter(self.store, write_mode(config), config.admit, config.write_queue_chunks)
         self.planner = Planner(layout.scheme, geometry, self.store, demoter, probe, patience, self._tally)
@@ -327,49 +327,6 @@ class SchedulerHalf:
             found = here if rank == 0 else {s: v for s, v in found.items() if here.get(s) == v}
         taken = self.store.restore(DISK, found)
         logger.info("disk tier: %d chunks found, %d usable", len(found), taken)
-
-
-class _Remote:
-    """Asks Redis, on one thread of its own, how much of a prefix it holds for every rank."""
-
-    def __init__(self, config: CacheConfig, layout: KVLayout, model: str, ranks: int) -> None:
-        self._tiers = [Breaker(redis_tier(config, layout, model, rank, ranks)) for rank in range(ranks)]
-        self._thread = ThreadPoolExecutor(1, "cairn-probe")
-        self._room = threading.BoundedSemaphore(MAX_PROBES)
-
-    def ask(self, keys: Sequence[ChunkKey]) -> "Future[int] | None":
-        if not self._room.acquire(blocking=False):
-            return None
-        broken = any(tier.open for tier in self._tiers)
-        try:
-            asked = self._thread.submit(self._prefix, keys[:1] if broken else keys)
-        except RuntimeError as exc:  # no thread to be had: a miss, not an error on the scheduler's thread
-            self._room.release()
-            logger.warning("redis look-up cannot start: %s", exc)
-            return None
-        # the breaker half-opens by being asked, but nobody waits for it
-        return None if broken else asked
-
-    def _prefix(self, keys: Sequence[ChunkKey]) -> int:
-        try:
-            return min(tier.prefix([Ref(key) for key in keys]) for tier in self._tiers)
-        except CacheError as exc:
-            logger.warning("redis look-up: %s", exc)
-            return -1
-        except Exception:  # the top of a thread
-            logger.exception("redis look-up failed")
-            return -1
-        finally:
-            self._room.release()
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        for tier in self._tiers:
-            tier.close()
-
-
-def _nobody(keys: Sequence[ChunkKey]) -> None:
-    return None
 
 
 def _uncacheable(request: "Request") -> str | None:

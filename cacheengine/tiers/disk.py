@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -20,6 +21,7 @@ from cacheengine.config import ConfigError
 from cacheengine.errors import BadFrame, TierDown
 from cacheengine.frame import HEADER_BYTES, FrameInfo
 from cacheengine.keys import Namespace
+from cacheengine.pool import submit
 from cacheengine.tier import Ref
 from cacheengine.tiers.heads import PAGE
 from cacheengine.tiers.slotfile import (
@@ -347,22 +349,9 @@ class _Job(NamedTuple):
     vector: list[memoryview]
 
 
-def _submit(pool: ThreadPoolExecutor, move: Callable[[_Job], T], job: _Job) -> "Future[T]":
+def _submit(pool: ThreadPoolExecutor, move: Callable[["_Job"], T], job: "_Job") -> "Future[T]":
     """Raises TierDown when the pool is closed or has no thread to give."""
-    answer: Future[T] = Future()
-
-    def run() -> None:
-        if answer.set_running_or_notify_cancel():
-            try:
-                answer.set_result(move(job))
-            except BaseException as exc:  # noqa: BLE001  handed on, as a pool would
-                answer.set_exception(exc)
-
     try:
-        pool.submit(run)
+        return submit(pool, partial(move, job))
     except RuntimeError as exc:
-        # A pool that cannot start a thread keeps the call it has refused, and would make it later, into
-        # memory that is the caller's again.  Cancelled, it does nothing; taken by another thread, it counts.
-        if answer.cancel():
-            raise TierDown(f"disk tier: {exc}") from exc
-    return answer
+        raise TierDown(f"disk tier: {exc}") from exc

@@ -160,6 +160,24 @@ def test_a_tier_that_is_down_keeps_nothing_and_says_so(rig):
     assert rig.reports(1) == [Report(1, 0)]
 
 
+def test_a_load_that_no_thread_could_start_is_reported_once_and_never_comes_later(rig):
+    rig.mover.save([saving(1, move(1, (3, 9)))])
+    rig.reports(1)
+    before = rig.pages.clone()
+    usual = threading.stack_size(1 << 46)  # no address space holds such a stack
+    try:
+        rig.mover.load(Plan(2, "load", (move(1, (20, 21)),), "b"))
+        rig.mover.demote(writing(3, move(1, (3, 9))))
+    finally:
+        threading.stack_size(usual)
+    assert sorted(rig.reports(3)[1:]) == [Report(2, 0), Report(3, 0)]
+    rig.mover.load(Plan(4, "load", (move(1, (30, 31)),), "c"))
+    rig.mover.demote(writing(5, move(2, (3, 9))))
+    assert sorted(rig.reports(5)[3:]) == [Report(4, 1), Report(5, 1)]
+    assert torch.equal(rig.pages[:, [20, 21]], before[:, [20, 21]])
+    assert set(rig.shelf.held) == {key(2)}
+
+
 def test_a_page_that_differs_after_the_load_is_a_failed_load(rig):
     """All layers at one address: each overwrites the one before, as a wrong layout would."""
     rig.mover._paged = replace(rig.mover._paged, bases=(rig.mover._paged.bases[0],) * LAYERS)
