@@ -1,7 +1,7 @@
 """Builds the native ops:  python -m cacheengine.build
 
-    csrc/kv_cpu.cpp  csrc/kv_codec.cpp  --c++-->   cacheengine/_kvops.so
-    csrc/kv_cuda.cu  csrc/kv_codec.cu   --nvcc-->  cacheengine/_kvops_cuda.so    (only where nvcc is installed)
+    csrc/kv_cpu.cpp  kv_codec.cpp  --c++-->   cacheengine/_kvops.so
+    csrc/kv_cuda.cu  kv_codec.cu   --nvcc-->  cacheengine/_kvops_cuda.so    (only where nvcc is installed)
 
 Each library carries the hash of its sources and its command line in its own bytes, so a second run builds
 nothing and a changed source is never missed.  Libraries are replaced atomically: a worker that starts during

@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "cacheengine.tiers": {
         "cacheengine.tiers", "cacheengine.tier", "cacheengine.frame", "cacheengine.redis_url", *WORDS,
     },
+    "cacheengine.tiers.encoded": {"cacheengine.arena", "cacheengine.codecs", "cacheengine.tier", *WORDS},
     "cacheengine.connectors": {"cacheengine"},
     "cacheengine": {
         "cacheengine.arena", "cacheengine.build", "cacheengine.layout", "cacheengine.offline",

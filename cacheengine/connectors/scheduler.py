@@ -18,6 +18,7 @@ from cacheengine.connectors.tiers import (
     disk_slots,
     host_slots,
     redis_tier,
+    stored_bytes,
     worker_id,
     write_mode,
 )
@@ -310,10 +311,11 @@ class SchedulerHalf:
             headers = scan(
                 disk_folders(config),
                 config.disk_bytes,
-                layout.payload_bytes,
+                stored_bytes(config.disk_codec, layout),
                 layout.scheme.namespace,
                 rank,
                 self._ranks,
+                config.disk_codec,
             )
             here = {
                 slot: Want(
