@@ -1,11 +1,11 @@
 """What the codecs cost in answers, and what they save in bytes.   python -m loadtests.bench_codecs [--quick]
 
-The question: how far do a model's next-token distributions move when the KV of its prompt went through a codec?
-SmolLM2-135M in float32 arithmetic over a bfloat16 KV cache, so that the codec is the only difference.  The KV of
-a prompt's first 512 tokens (four vLLM blocks, packed as vLLM's CPU backend lays them out: K and V of a head side
-by side) is encoded and decoded by the product's own codecs; then 16 more prompt tokens and the exact model's own
-greedy continuation of 32 tokens are fed on top.  KL(exact || coded) in nats and "agrees" (same most likely
-token) are taken at the 32 positions of the continuation.
+The question: how far do a model's next-token distributions move when the KV of its prompt went through a
+codec?  SmolLM2-135M in float32 arithmetic over a bfloat16 KV cache, so that the codec is the only difference.
+The KV of a prompt's first 512 tokens (four vLLM blocks, as its CPU backend lays them out: K and V of a head
+side by side) is encoded and decoded by the product's own codecs; then 16 more prompt tokens and the exact
+model's greedy continuation of 32 tokens are fed on top.  KL(exact || coded) in nats and "agrees" (same most
+likely token) are taken at the 32 positions of the continuation.
 
 The floors: raw must give exactly 0.  For comparison, in torch and not in the product: e4m3 without any scale,
 and with the scale amax / 448 instead of a power of two.

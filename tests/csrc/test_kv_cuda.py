@@ -46,7 +46,7 @@ def test_both_kernels_move_128_bits_a_time_and_never_spill(
     library: Path, cuobjdump: str, architecture: str
 ) -> None:
     sass = dump(cuobjdump, library, architecture, "-sass")
-    kernels = [text for text in sass.split("Function : ")[1:] if "move_blocks" in text.split("\n")[0]]
+    kernels = [text for text in sass.split("Function : ")[1:] if "move_blocks" in text.splitlines()[0]]
     assert len(kernels) == 2
     for kernel in kernels:
         assert len(re.findall(r"\bLDG\.\S*128", kernel)) >= 4  # the loads in flight are really unrolled
@@ -58,7 +58,7 @@ def test_both_kernels_move_128_bits_a_time_and_never_spill(
 def test_codec_kernels_read_and_write_128_bits_a_time_and_never_spill(
     library: Path, cuobjdump: str, architecture: str
 ) -> None:
-    """Sixteen elements a thread: two loads of 16-bit values, four of float32, one store of bytes; and back."""
+    """Sixteen elements a thread: two loads of 16-bit values, four of float32; one store of bytes."""
     sass = dump(cuobjdump, library, architecture, "-sass")
     kernels = {text.split("\n")[0].strip(): text for text in re.split(r"Function : ", sass)[1:]}
     for kind, words in (("Ll0", 2), ("Ll1", 2), ("Ll2", 4)):
