@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging as transformers_logging
 
 from cacheengine.arena import Arena
 from cacheengine.build import build_cpu
@@ -115,6 +116,7 @@ class Model:
     """The exact model, and what it says over any KV."""
 
     def __init__(self, path: Path) -> None:
+        transformers_logging.disable_progress_bar()
         loaded = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32)
         self._model = loaded.eval()
 
@@ -125,18 +127,18 @@ class Model:
         return torch.stack(pairs).bfloat16()
 
     def over(self, kv: KV, ids: list[int]) -> torch.Tensor:
-        """log-probabilities [len(ids), vocabulary] of `ids` behind `kv`."""
-        return self._step(self._cache(kv), ids)
+        """log-probabilities [CONTINUE, vocabulary] at the last of `ids` behind `kv`."""
+        return self._step(self._cache(kv), ids, CONTINUE)
 
     def greedy(self, kv: KV, ids: list[int], count: int) -> list[int]:
         cache, said = self._cache(kv), []
         for _ in range(count):
-            said.append(int(self._step(cache, ids)[-1].argmax()))
+            said.append(int(self._step(cache, ids, 1)[-1].argmax()))
             ids = said[-1:]
         return said
 
-    def _step(self, cache: DynamicCache, ids: list[int]) -> torch.Tensor:
-        out = self._model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+    def _step(self, cache: DynamicCache, ids: list[int], last: int) -> torch.Tensor:
+        out = self._model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=last)
         return torch.log_softmax(out.logits[0].double(), -1)
 
     @staticmethod
@@ -152,10 +154,10 @@ def compare(model: Model, prompts: list[list[int]], ways: dict[str, Way]) -> dic
     for number, prompt in enumerate(prompts, 1):
         kv, tail = model.prefill(prompt[:PREFIX]), prompt[PREFIX:]
         said = model.greedy(kv, tail, CONTINUE)
-        exact = model.over(kv, tail + said[:-1])[-CONTINUE:]
+        exact = model.over(kv, tail + said[:-1])
         for name, way in ways.items():
             coded = way(kv)
-            near = model.over(coded, tail + said[:-1])[-CONTINUE:]
+            near = model.over(coded, tail + said[:-1])
             kl = (exact.exp() * (exact - near)).sum(-1)
             quality[name].kl.append(kl.tolist())
             quality[name].agrees.append((near.argmax(-1) == exact.argmax(-1)).double().mean().item())
