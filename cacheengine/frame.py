@@ -75,10 +75,10 @@ def parse(
     length: int | None,
     rank: int,
     world: int,
-    codec: str = RAW,
+    codec: str | None = RAW,
 ) -> FrameInfo:
     """Check a header against what the reader expects; `key=None` takes any chunk of this namespace,
-    `length=None` any length.
+    `length=None` any length, `codec=None` any codec.
 
     Raises BadFrame with the first thing that is wrong, OtherCodec when that is the codec.  Says nothing about
     the payload: see verify().
@@ -101,7 +101,7 @@ def parse(
         raise BadFrame("another namespace")
     if key is not None and info.key != key:
         raise BadFrame("another key")
-    if info.codec != codec:
+    if codec is not None and info.codec != codec:
         raise OtherCodec(f"codec {info.codec!r}, expected {codec!r}")
     if length is not None and info.length != length:
         raise BadFrame(f"length {info.length}, expected {length}")
