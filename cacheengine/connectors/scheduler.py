@@ -193,7 +193,8 @@ class SchedulerHalf:
         if not slots:
             return
         config, layout = self._config, self._layout
-        where = disk_folders(config), int(config.disk_bytes), layout.payload_bytes, layout.scheme.namespace
+        stored = stored_bytes(config.disk_codec, layout)
+        where = disk_folders(config), int(config.disk_bytes), stored, layout.scheme.namespace
         for rank in range(self._ranks):
             erase(*where, rank, self._ranks, slots)
         with self._lock:
