@@ -1,7 +1,7 @@
 """Builds the native ops:  python -m cacheengine.build
 
-    csrc/kv_cpu.cpp  --c++-->   cacheengine/_kvops.so
-    csrc/kv_cuda.cu  --nvcc-->  cacheengine/_kvops_cuda.so    (only where nvcc is installed)
+    csrc/kv_cpu.cpp  kv_codec.cpp  --c++-->   cacheengine/_kvops.so
+    csrc/kv_cuda.cu  kv_codec.cu   --nvcc-->  cacheengine/_kvops_cuda.so    (only where nvcc is installed)
 
 Each library carries the hash of its sources and its command line in its own bytes, so a second run builds
 nothing and a changed source is never missed.  Libraries are replaced atomically: a worker that starts during
@@ -24,8 +24,12 @@ CPU_LIBRARY = PACKAGE / "_kvops.so"
 CUDA_LIBRARY = PACKAGE / "_kvops_cuda.so"
 
 COMPILERS = ("g++", "clang++", "c++")
-# No -march: the copy loop is memory bound and SSE2, which every x86-64 has, reaches the limit.
-CPU_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror")
+# No -march: the copy loop is memory bound and SSE2, which every x86-64 has, reaches the limit; the codecs
+# choose at run time.  Nobody reads floating-point exception flags, and keeping them would forbid vectors.
+CPU_FLAGS = (
+    *("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-trapping-math"),
+    *("-Wall", "-Wextra", "-Werror"),
+)
 CUDA_FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC,-Wall,-Wextra"),
     *("-gencode", "arch=compute_80,code=sm_80"),  # A100
@@ -44,7 +48,8 @@ def build_cpu(library: Path = CPU_LIBRARY, csrc: Path = CSRC) -> bool:
         raise ConfigError(
             f"no C++ compiler ({', '.join(COMPILERS)}) in PATH: install one, e.g. apt-get install g++"
         )
-    return _build(library, [compiler, *CPU_FLAGS], csrc / "kv_cpu.cpp", [csrc / "kv_batch.h"])
+    sources = [csrc / "kv_cpu.cpp", csrc / "kv_codec.cpp"]
+    return _build(library, [compiler, *CPU_FLAGS], sources, [csrc / "kv_batch.h", csrc / "kv_codec.h"])
 
 
 def build_cuda(library: Path = CUDA_LIBRARY, csrc: Path = CSRC) -> bool | None:
@@ -52,13 +57,14 @@ def build_cuda(library: Path = CUDA_LIBRARY, csrc: Path = CSRC) -> bool | None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return None
-    headers = [csrc / "kv_batch.h", csrc / "kv_kernels.cuh"]
-    return _build(library, [nvcc, *CUDA_FLAGS], csrc / "kv_cuda.cu", headers)
+    headers = [csrc / name for name in ("kv_batch.h", "kv_kernels.cuh", "kv_codec.h", "kv_codec.cuh")]
+    sources = [csrc / "kv_cuda.cu", csrc / "kv_codec.cu"]
+    return _build(library, [nvcc, *CUDA_FLAGS], sources, headers)
 
 
-def _build(library: Path, command: Sequence[str], source: Path, headers: Sequence[Path]) -> bool:
+def _build(library: Path, command: Sequence[str], sources: Sequence[Path], headers: Sequence[Path]) -> bool:
     try:
-        text = b"\0".join(path.read_bytes() for path in (source, *headers))
+        text = b"\0".join(path.read_bytes() for path in (*sources, *headers))
     except FileNotFoundError as exc:
         raise ConfigError(
             f"no native sources at {exc.filename}: build from a checkout of the project"
@@ -70,10 +76,11 @@ def _build(library: Path, command: Sequence[str], source: Path, headers: Sequenc
     define = f'-DKV_BUILD_MARK="{mark}"'
     try:
         ran = subprocess.run(
-            [*command, define, str(source), "-o", str(fresh)], capture_output=True, text=True
+            [*command, define, *map(str, sources), "-o", str(fresh)], capture_output=True, text=True
         )
         if ran.returncode:
-            raise ConfigError(f"{Path(command[0]).name} could not build {source.name}:\n{ran.stderr.strip()}")
+            names = " ".join(source.name for source in sources)
+            raise ConfigError(f"{Path(command[0]).name} could not build {names}:\n{ran.stderr.strip()}")
         fresh.replace(library)
     finally:
         fresh.unlink(missing_ok=True)

@@ -39,6 +39,7 @@ def _at_least_one(value: int) -> int:
     return value
 
 
+CodecName = Literal["raw", "fp8", "k16v8"]  # cacheengine/codecs.py; docs/codecs.md has what each costs
 Positive = Annotated[int, AfterValidator(_at_least_one)]
 
 
@@ -125,11 +126,19 @@ class CacheConfig(Config):
         description="Hard capacity of the disk tier per rank, over all its directories; preallocated. Only "
         "used when disk_path is set.",
     )
+    disk_codec: CodecName = Field(
+        "raw",
+        description="How the disk tier stores KV. raw is exact; fp8 and k16v8 are smaller and change answers "
+        "(docs/codecs.md). A lossy codec in any tier gives the worker keys of its own.",
+    )
     redis_url: str = Field(
         "",
         description="Redis or Valkey that workers share (redis://, rediss://, unix://, redis-sentinel:// or "
         "redis-cluster://); empty turns the shared tier and the chunk index off. Put it in CAIRN_REDIS_URL, "
         "not in argv, when it holds a password.",
+    )
+    redis_codec: CodecName = Field(
+        "raw", description="How the shared tier stores KV; as disk_codec. Workers that share must agree."
     )
     redis_ttl_seconds: Positive = Field(
         86_400, description="Expiry of shared chunks in seconds. Leave it alone unless models change daily."

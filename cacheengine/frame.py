@@ -22,8 +22,13 @@ RAW = "raw"
 _BODY = struct.Struct("<4sHH 16s16s16s16s 8sIHH QQ 16x")
 _SUM = struct.Struct("<Q")
 _NO_KEY = bytes(KEY_BYTES)
+_CODEC_BYTES = 8
 
 assert _BODY.size + _SUM.size == HEADER_BYTES
+
+
+class OtherCodec(BadFrame):
+    """A whole frame of this chunk, written by a worker of another codec: a miss, and not ours to delete."""
 
 
 class FrameInfo(NamedTuple):
@@ -50,12 +55,14 @@ def pack(
     tokens: int,
     rank: int,
     world: int,
+    codec: str = RAW,
 ) -> bytes:
-    """The header for `payload`, which it reads once (XXH3, about 25 GB/s, without the GIL)."""
+    """The header for `payload`, the bytes as `codec` made them, which it reads once (XXH3, about 25 GB/s,
+    without the GIL).  Raises ValueError for a codec's name that does not fit."""
     body = _BODY.pack(
         MAGIC, VERSION, HEADER_BYTES,
         _id(namespace), _id(key), _id(parent), _id(root),
-        RAW.encode(), tokens, rank, world,
+        _name(codec), tokens, rank, world,
         len(payload), xxh3_64_intdigest(payload),
     )  # fmt: skip
     return body + _SUM.pack(xxh3_64_intdigest(body))
@@ -68,11 +75,13 @@ def parse(
     length: int | None,
     rank: int,
     world: int,
+    codec: str | None = RAW,
 ) -> FrameInfo:
     """Check a header against what the reader expects; `key=None` takes any chunk of this namespace,
-    `length=None` any length.
+    `length=None` any length, `codec=None` any codec.
 
-    Raises BadFrame with the first thing that is wrong.  Says nothing about the payload: see verify().
+    Raises BadFrame with the first thing that is wrong, OtherCodec when that is the codec.  Says nothing about
+    the payload: see verify().
     """
     if len(header) != HEADER_BYTES:
         raise BadFrame(f"header of {len(header)} bytes")
@@ -81,19 +90,19 @@ def parse(
     body = header[: _BODY.size]
     if xxh3_64_intdigest(body) != _SUM.unpack_from(header, _BODY.size)[0]:
         raise BadFrame("header checksum")
-    _, version, header_bytes, stored_namespace, stored_key, parent, root, codec, *rest = _BODY.unpack(body)
+    _, version, header_bytes, stored_namespace, stored_key, parent, root, stored, *rest = _BODY.unpack(body)
     if (version, header_bytes) != (VERSION, HEADER_BYTES):
         raise BadFrame(f"version {version} with a header of {header_bytes} bytes")
     info = FrameInfo(
         Namespace(stored_namespace), ChunkKey(stored_key), _given(parent), _given(root),
-        codec.rstrip(b"\0").decode("ascii", "replace"), *rest,
+        stored.rstrip(b"\0").decode("ascii", "replace"), *rest,
     )  # fmt: skip
     if info.namespace != namespace:
         raise BadFrame("another namespace")
     if key is not None and info.key != key:
         raise BadFrame("another key")
-    if info.codec != RAW:
-        raise BadFrame(f"unknown codec {info.codec!r}")
+    if codec is not None and info.codec != codec:
+        raise OtherCodec(f"codec {info.codec!r}, expected {codec!r}")
     if length is not None and info.length != length:
         raise BadFrame(f"length {info.length}, expected {length}")
     if (info.rank, info.world) != (rank, world):
@@ -119,6 +128,13 @@ def _id(value: bytes) -> bytes:
     if len(value) not in (0, KEY_BYTES):
         raise ValueError(f"an id of {len(value)} bytes")
     return value or _NO_KEY
+
+
+def _name(codec: str) -> bytes:
+    name = codec.encode("ascii")
+    if not 0 < len(name) <= _CODEC_BYTES:
+        raise ValueError(f"a codec name of {len(name)} bytes")
+    return name
 
 
 def _given(value: bytes) -> bytes:

@@ -23,6 +23,7 @@ class KVLayout:
     dtype: str
     name: str  # vLLM's layout name and the attention ISA, e.g. "LBHNC/amx"
     facts: Mapping[str, object]
+    heads: int = 0  # of K and of V in one rank's page; 0 where a page is not K and V of equal width
 
     def __post_init__(self) -> None:
         if self.chunk_tokens % self.block_tokens:

@@ -226,7 +226,7 @@ def _blob(
     }
     try:
         namespace = Namespace(bytes.fromhex(info.namespace))
-        facts = frame.parse(header, namespace, key, length - HEADER_BYTES, rank, info.world_size)
+        facts = frame.parse(header, namespace, key, length - HEADER_BYTES, rank, info.world_size, None)
         blob["frame"] = {
             name: value.hex() if isinstance(value, bytes) else value
             for name, value in facts._asdict().items()

@@ -41,6 +41,7 @@ MAY_IMPORT = {
         "cacheengine.tiers", "cacheengine.tier", "cacheengine.frame", "cacheengine.pool",
         "cacheengine.redis_url", *WORDS,
     },
+    "cacheengine.tiers.encoded": {"cacheengine.arena", "cacheengine.codecs", "cacheengine.tier", *WORDS},
     "cacheengine.connectors": {"cacheengine"},
     "cacheengine": {
         "cacheengine.arena", "cacheengine.build", "cacheengine.layout", "cacheengine.offline",
@@ -61,7 +62,7 @@ MAY_IMPORT = {
 }  # fmt: skip
 # The plan said 9,400, without the launcher (`make up`, `cairn status` and `doctor`: 1,900 lines).  Then came
 # codecs, Sentinel and Cluster, eviction policies, tails, quotas and the commands that look into the cache.
-MAX_LINES = {"file": 400, "function": 60, "product": 13_500}
+MAX_LINES = {"file": 400, "function": 60, "product": 13_700}
 MAY_USE = {
     "torch": ("cacheengine.ops", "cacheengine.connectors", "gateway.launch.convert"),
     "vllm": ("cacheengine.connectors",),

@@ -10,9 +10,10 @@ from vllm import envs
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import parse_id_list
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from cacheengine.config import CacheConfig
+from cacheengine.connectors.tiers import lossy_codecs
 from cacheengine.layout import KVLayout, weights_fingerprint
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ def layout_of(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", confi
         "backend": vllm_config.attention_config.backend,
         "vllm": vllm.__version__,
     }
+    if lossy := lossy_codecs(config):
+        facts["codecs"] = lossy
+    # MLA keeps one latent for both, and a page of unequal K and V does not halve
+    halves = not isinstance(spec, MLAAttentionSpec) and spec.head_size == spec.head_size_v
     return KVLayout(
         layers=len(group.layer_names),
         block_tokens=spec.block_size,
@@ -81,6 +86,7 @@ def layout_of(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", confi
         dtype=str(spec.dtype).removeprefix("torch."),
         name=f"{kv_cache_config.kv_cache_layout}/{isa}",
         facts=facts,
+        heads=spec.num_kv_heads if halves else 0,
     )
 
 

@@ -18,6 +18,7 @@ from cacheengine.connectors.tiers import (
     disk_slots,
     host_slots,
     redis_tier,
+    stored_bytes,
     worker_id,
     write_mode,
 )
@@ -192,7 +193,8 @@ class SchedulerHalf:
         if not slots:
             return
         config, layout = self._config, self._layout
-        where = disk_folders(config), int(config.disk_bytes), layout.payload_bytes, layout.scheme.namespace
+        stored = stored_bytes(config.disk_codec, layout)
+        where = disk_folders(config), int(config.disk_bytes), stored, layout.scheme.namespace
         for rank in range(self._ranks):
             erase(*where, rank, self._ranks, slots)
         with self._lock:
@@ -310,10 +312,11 @@ class SchedulerHalf:
             headers = scan(
                 disk_folders(config),
                 config.disk_bytes,
-                layout.payload_bytes,
+                stored_bytes(config.disk_codec, layout),
                 layout.scheme.namespace,
                 rank,
                 self._ranks,
+                config.disk_codec,
             )
             here = {
                 slot: Want(

@@ -9,10 +9,13 @@ from urllib.parse import urlsplit
 from vllm.platforms import current_platform
 
 from cacheengine.arena import PAGE
+from cacheengine.codecs import CODECS, RAW, Codec, page_of
 from cacheengine.config import CacheConfig, ConfigError
 from cacheengine.connectors.demoter import Write
 from cacheengine.layout import KVLayout
+from cacheengine.tier import Tier
 from cacheengine.tiers.disk import DiskTier, slots_in
+from cacheengine.tiers.encoded import Encoded
 from cacheengine.tiers.redis import RedisTier
 from cacheengine.tiers.stats import TierStats
 from cacheengine.tiers.wrap import Breaker
@@ -27,13 +30,37 @@ def host_slots(config: CacheConfig, layout: KVLayout) -> int:
     return slots
 
 
+def lossy_codecs(config: CacheConfig) -> str:
+    """Codecs that change KV in the tiers this worker has, as text; empty for an exact worker."""
+    tiers = (("disk", config.disk_path, config.disk_codec), ("redis", config.redis_url, config.redis_codec))
+    return " ".join(f"{tier}={codec}" for tier, used, codec in tiers if used and codec != RAW)
+
+
+def codec_of(name: str, layout: KVLayout) -> Codec | None:
+    """None for raw, which needs nobody's help.  Raises ConfigError where KV cannot be coded so."""
+    if name == RAW:
+        return None
+    page = page_of(layout.name, layout.heads, layout.block_tokens, layout.block_bytes, layout.dtype)
+    if page is None:
+        raise ConfigError(
+            f"codec {name!r} needs to know where K and V lie in a page, and of layout {layout.name} with "
+            f"{layout.dtype} KV nothing is proved; use raw"
+        )
+    return CODECS[name](page)
+
+
+def stored_bytes(name: str, layout: KVLayout) -> int:
+    """Bytes of a whole chunk in a tier with this codec.  Raises as codec_of()."""
+    codec = codec_of(name, layout)
+    return codec.encoded_bytes(layout.payload_bytes) if codec else layout.payload_bytes
+
+
 def disk_slots(config: CacheConfig, layout: KVLayout) -> int:
     """Raises ConfigError when not even one chunk fits."""
-    slots = slots_in(int(config.disk_bytes), layout.payload_bytes, len(disk_folders(config)))
+    stored = stored_bytes(config.disk_codec, layout)
+    slots = slots_in(int(config.disk_bytes), stored, len(disk_folders(config)))
     if slots < 1:
-        raise ConfigError(
-            f"disk_bytes={int(config.disk_bytes)} holds no chunk of {layout.payload_bytes} bytes; raise it"
-        )
+        raise ConfigError(f"disk_bytes={int(config.disk_bytes)} holds no chunk of {stored} bytes; raise it")
     return slots
 
 
@@ -64,7 +91,7 @@ def redis_tier(config: CacheConfig, layout: KVLayout, model: str, rank: int, wor
         config.redis_url,
         model,
         layout.scheme.namespace,
-        layout.payload_bytes,
+        stored_bytes(config.redis_codec, layout),
         layout.chunk_tokens,
         layout.dtype,
         layout.name,
@@ -74,6 +101,7 @@ def redis_tier(config: CacheConfig, layout: KVLayout, model: str, rank: int, wor
         config.redis_ttl_seconds,
         config.redis_timeout_ms,
         connections=config.io_threads,
+        codec=config.redis_codec,
     )
 
 
@@ -85,13 +113,21 @@ def lower_tiers(
         disk = DiskTier(
             disk_folders(config),
             int(config.disk_bytes),
-            layout.payload_bytes,
+            stored_bytes(config.disk_codec, layout),
             layout.scheme.namespace,
             layout.chunk_tokens,
             rank,
             world,
+            config.disk_codec,
         )
-        yield Breaker(disk), disk.stats
+        yield Breaker(_encoded(disk, config.disk_codec, config, layout)), disk.stats
     if config.redis_url:
         redis = redis_tier(config, layout, model, rank, world)
-        yield Breaker(redis), redis.stats
+        yield Breaker(_encoded(redis, config.redis_codec, config, layout)), redis.stats
+
+
+def _encoded(tier: Tier, name: str, config: CacheConfig, layout: KVLayout) -> Tier:
+    codec = codec_of(name, layout)
+    if codec is None:
+        return tier
+    return Encoded(tier, codec, layout.payload_bytes, config.io_threads + 1)  # loaders and one writer

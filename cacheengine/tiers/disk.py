@@ -64,13 +64,14 @@ def scan(
     namespace: Namespace,
     rank: int,
     world: int,
+    codec: str = frame.RAW,
 ) -> dict[int, FrameInfo]:
     """What the slots claim to hold, by slot number; for whoever rebuilds the map at start.
 
     Reads headers only (payloads are checked when they are read), takes no lock, writes nothing.  A missing
     file, or one of another namespace or geometry, holds nothing.  Two slots may claim the same key.
     """
-    files = _geometries(paths, capacity_bytes, payload_bytes, namespace, rank, world)
+    files = _geometries(paths, capacity_bytes, payload_bytes, namespace, rank, world, codec)
     return {
         local * len(paths) + geometry.part: info
         for path, geometry in zip(paths, files, strict=True)
@@ -114,10 +115,12 @@ def _geometries(
     namespace: Namespace,
     rank: int,
     world: int,
+    codec: str = frame.RAW,
 ) -> list[Geometry]:
     share = slots_within(capacity_bytes // len(paths), payload_bytes)
     return [
-        Geometry(namespace, payload_bytes, share, rank, world, part, len(paths)) for part in range(len(paths))
+        Geometry(namespace, payload_bytes, share, rank, world, part, len(paths), codec)
+        for part in range(len(paths))
     ]
 
 
@@ -140,6 +143,7 @@ class DiskTier:
         tokens: int,
         rank: int,
         world: int,
+        codec: str = frame.RAW,
     ) -> None:
         self.slots = slots_in(capacity_bytes, payload_bytes, len(paths))
         if not self.slots:
@@ -149,7 +153,7 @@ class DiskTier:
         if len({path.resolve() for path in paths}) < len(paths):
             raise ConfigError("disk_path names a folder twice; name each device once")
         self.stats = TierStats()
-        files = _geometries(paths, capacity_bytes, payload_bytes, namespace, rank, world)
+        files = _geometries(paths, capacity_bytes, payload_bytes, namespace, rank, world, codec)
         self._geometry = files[0]  # what the frames of all of them have in common
         self._tokens = tokens
         self._files: list[SlotFile] = []
@@ -292,6 +296,8 @@ class DiskTier:
             whole = len(view) // PAGE * PAGE
             view[whole:] = job.scratch[PAGE : PAGE + len(view) - whole]
             frame.verify(info, view)
+        except frame.OtherCodec:
+            return False
         except BadFrame as exc:
             log.warning("disk tier dropped slot %d: %s", job.ref.slot, exc)
             self.stats.add(bad_frames=1)
@@ -305,7 +311,7 @@ class DiskTier:
         g, ref, view = self._geometry, job.ref, job.view
         tokens = self._tokens * len(view) // g.payload_bytes
         job.scratch[:HEADER_BYTES] = frame.pack(
-            g.namespace, ref.key, ref.parent, ref.root, view, tokens, g.rank, g.world
+            g.namespace, ref.key, ref.parent, ref.root, view, tokens, g.rank, g.world, g.codec
         )
         whole = len(view) // PAGE * PAGE
         job.scratch[PAGE : PAGE + len(view) - whole] = view[whole:]

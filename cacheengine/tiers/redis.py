@@ -59,6 +59,7 @@ class RedisTier:
         ttl_seconds: int,
         timeout_ms: int,
         connections: int = 2,
+        codec: str = frame.RAW,
     ) -> None:
         self.stats = TierStats()
         self._namespace = namespace
@@ -66,6 +67,7 @@ class RedisTier:
         self._tokens = tokens
         self._rank = rank
         self._world = world
+        self._codec = codec
         self._prefix = f"{escape(model)}@{world}@{rank}@"
         self._ttl = b"%d" % ttl_seconds
         self._timeout = timeout_ms / 1000
@@ -213,7 +215,11 @@ class RedisTier:
         conn.receive_into(view, checksum.update)  # what has just arrived is still in the CPU's caches
         conn.end_bulk()
         try:
-            info = frame.parse(bytes(header), self._namespace, ref.key, len(view), self._rank, self._world)
+            info = frame.parse(
+                bytes(header), self._namespace, ref.key, len(view), self._rank, self._world, self._codec
+            )
+        except frame.OtherCodec:
+            return None
         except BadFrame as exc:
             return exc
         return info if checksum.intdigest() == info.checksum else BadFrame("payload checksum")
@@ -260,7 +266,7 @@ class RedisTier:
         meta, data = self._names(ref.key)
         tokens = self._tokens * len(view) // self._payload_bytes
         header = frame.pack(
-            self._namespace, ref.key, ref.parent, ref.root, view, tokens, self._rank, self._world
+            self._namespace, ref.key, ref.parent, ref.root, view, tokens, self._rank, self._world, self._codec
         )
         facts = _flat(
             tokens=tokens, bytes=HEADER_BYTES + len(view),

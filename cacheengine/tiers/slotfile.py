@@ -77,6 +77,7 @@ class Geometry:
     world: int
     part: int = 0  # which of the tier's files this is
     parts: int = 1
+    codec: str = frame.RAW  # of the payloads; not in the superblock: the namespace tells codecs apart
 
     @property
     def stride(self) -> int:
@@ -106,7 +107,7 @@ class Geometry:
 
     def parse(self, header: bytes | memoryview) -> FrameInfo:
         """Any chunk that may lie in this file.  Raises BadFrame."""
-        info = frame.parse(header, self.namespace, None, None, self.rank, self.world)
+        info = frame.parse(header, self.namespace, None, None, self.rank, self.world, self.codec)
         if not 0 < info.length <= self.payload_bytes:
             raise BadFrame(f"length {info.length} in a slot of {self.payload_bytes}")
         return info

@@ -24,7 +24,7 @@ def test_a_second_build_has_nothing_to_do(tmp_path: Path) -> None:
     assert library.stat().st_mtime_ns == first
 
 
-@pytest.mark.parametrize("source", ["kv_cpu.cpp", "kv_batch.h"])
+@pytest.mark.parametrize("source", ["kv_cpu.cpp", "kv_batch.h", "kv_codec.cpp", "kv_codec.h"])
 def test_a_changed_source_is_built_again(tmp_path: Path, csrc: Path, source: str) -> None:
     library = tmp_path / "kv.so"
     assert build_cpu(library, csrc) is True

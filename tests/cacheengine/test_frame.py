@@ -8,7 +8,7 @@ import pytest
 
 from cacheengine import frame
 from cacheengine.errors import BadFrame
-from cacheengine.frame import FrameInfo
+from cacheengine.frame import FrameInfo, OtherCodec
 from cacheengine.keys import ChunkKey, KeyScheme, Namespace
 
 NAMESPACE = Namespace(bytes(range(16)))
@@ -65,7 +65,7 @@ def test_the_worked_example_in_the_documentation_is_what_the_code_writes():
         (6, b"\x40", "header of 64 bytes"),
         (8, b"\xff", "another namespace"),
         (24, b"\xff", "another key"),
-        (72, b"zstd", "unknown codec 'zstd'"),
+        (72, b"zstd", "codec 'zstd', expected 'raw'"),
         (84, b"\x00", "rank 0 of 2"),
         (86, b"\x04", "rank 1 of 4"),
         (88, b"\x01", "length 513"),
@@ -74,6 +74,21 @@ def test_the_worked_example_in_the_documentation_is_what_the_code_writes():
 def test_a_well_formed_header_for_something_else_is_refused(at: int, value: bytes, reason: str):
     with pytest.raises(BadFrame, match=reason):
         parse(resealed(header(), at, value))
+
+
+def test_a_reader_names_the_codec_it_wants():
+    raw = frame.pack(NAMESPACE, KEY, ROOT, ROOT, PAYLOAD, 16, 1, 2, "k16v8")
+    assert frame.parse(raw, NAMESPACE, KEY, len(PAYLOAD), 1, 2, "k16v8").codec == "k16v8"
+    with pytest.raises(OtherCodec, match="codec 'k16v8', expected 'raw'"):
+        parse(raw)
+    with pytest.raises(OtherCodec, match="codec 'raw', expected 'k16v8'"):
+        frame.parse(header(), NAMESPACE, KEY, len(PAYLOAD), 1, 2, "k16v8")
+
+
+@pytest.mark.parametrize("name", ["", "ninechars"])
+def test_a_codec_name_that_does_not_fit_is_a_bug(name: str):
+    with pytest.raises(ValueError, match="codec name"):
+        frame.pack(NAMESPACE, KEY, ROOT, ROOT, PAYLOAD, 16, 1, 2, name)
 
 
 @pytest.mark.parametrize("seed", range(100))

@@ -48,8 +48,14 @@ def blank(n: int) -> list[memoryview]:
     return [buffer() for _ in range(n)]
 
 
-def disk_tier(path: Path, capacity: int = CAPACITY, namespace: Namespace = NAMESPACE) -> DiskTier:
-    return DiskTier([path], capacity, PAYLOAD, namespace, TOKENS, 0, 1)
+def disk_tier(
+    path: Path,
+    capacity: int = CAPACITY,
+    namespace: Namespace = NAMESPACE,
+    payload_bytes: int = PAYLOAD,
+    codec: str = "raw",
+) -> DiskTier:
+    return DiskTier([path], capacity, payload_bytes, namespace, TOKENS, 0, 1, codec)
 
 
 def redis_tier(
@@ -58,6 +64,7 @@ def redis_tier(
     payload_bytes: int = PAYLOAD,
     timeout_ms: int = 5000,
     connections: int = 2,
+    codec: str = "raw",
 ) -> RedisTier:
     return RedisTier(
         url,
@@ -73,6 +80,7 @@ def redis_tier(
         60,
         timeout_ms,
         connections,
+        codec,
     )
 
 

@@ -9,8 +9,17 @@ import pytest
 
 from cacheengine.errors import TierDown
 from cacheengine.tier import Tier
+from cacheengine.tiers.encoded import Encoded
 from cacheengine.tiers.wrap import Breaker
+from tests.cacheengine.tiers.flipped import Flipped
 from tests.cacheengine.tiers.kit import PAYLOAD, blank, chunks, disk_tier, payload, redis_tier, ref
+
+STORED = Flipped().encoded_bytes(PAYLOAD)
+
+
+def encoded(tier: Tier) -> Tier:
+    return Encoded(tier, Flipped(), PAYLOAD, threads=2)
+
 
 MAKERS: dict[str, Callable[[pytest.FixtureRequest, Path], Tier]] = {
     "disk": lambda request, path: disk_tier(path / "w0"),
@@ -21,6 +30,10 @@ MAKERS: dict[str, Callable[[pytest.FixtureRequest, Path], Tier]] = {
     "redis by sentinel": lambda request, path: redis_tier(flushed(request, "sentinels").url),
     "redis over tls": lambda request, path: redis_tier(flushed(request, "tls_server").tls_url),
     "breaker of disk": lambda request, path: Breaker(disk_tier(path / "w0")),
+    "encoded disk": lambda request, path: encoded(disk_tier(path / "w0", payload_bytes=STORED)),
+    "encoded redis": lambda request, path: encoded(
+        redis_tier(request.getfixturevalue("valkey").unix_url, payload_bytes=STORED)
+    ),
 }
 
 
