@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, Self, cast
 import redis
 from redis.client import Pipeline
 
+from cacheengine import redis_url
 from cacheengine.config import ConfigError
 from cacheengine.errors import CacheError
 from cacheengine.keys import KEY_BYTES, ChunkKey
@@ -114,15 +115,15 @@ class Listener:
         Redis that does not answer now is heard later."""
         if self.obeyed.pins:
             self._obey(self.obeyed, self.obeyed._replace(pins_version=0))
-        if not url:
+        if not url or redis_url.parse(url).kind == "cluster":  # without an index there are no wishes
             return
         try:
-            with redis.Redis.from_url(
+            with redis_url.client(
                 url, socket_timeout=START_SECONDS, socket_connect_timeout=START_SECONDS, protocol=2
             ) as client:
                 wish = read(client, self._namespace)
             self._follow(wish)
-        except (redis.RedisError, OSError) as exc:
+        except (*redis_url.DOWN, OSError) as exc:
             log.warning("wishes made while this worker was down are read later: %s", type(exc).__name__)
 
     def words(self) -> dict[str, str]:

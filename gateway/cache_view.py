@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import redis
 
-from cacheengine import frame
+from cacheengine import frame, redis_url
+from cacheengine.config import ConfigError
 from cacheengine.errors import BadFrame, IndexDown
 from cacheengine.frame import HEADER_BYTES
 from cacheengine.index import DEVICE, DISK, HOST, Fleet, Lease, WorkerInfo
@@ -56,15 +57,13 @@ class Place:
 def connect(url: str) -> redis.Redis:
     """Raises LaunchError; its sentence never holds the URL, which may hold a password."""
     try:
-        client = redis.Redis.from_url(
-            url, socket_timeout=_SECONDS, socket_connect_timeout=_SECONDS, protocol=2
-        )
+        if redis_url.parse(url).kind == "cluster":
+            raise UsageError("there is no chunk index on a Redis Cluster yet, so nothing to look into")
+        client = redis_url.client(url, socket_timeout=_SECONDS, socket_connect_timeout=_SECONDS, protocol=2)
         client.ping()
-    except ValueError:
-        raise UsageError(
-            "that is no Redis URL; write redis://host:6379/0 (a password percent-encoded)"
-        ) from None
-    except (redis.RedisError, OSError) as exc:
+    except ConfigError as exc:
+        raise UsageError(str(exc)) from None
+    except (*redis_url.DOWN, OSError) as exc:
         raise LaunchError(f"Redis does not answer ({type(exc).__name__}); is its URL right?") from None
     return client
 

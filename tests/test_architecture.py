@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "cacheengine.index_schema": WORDS,
     "cacheengine.index_reader": {"cacheengine.redis_url", *INDEX, *WORDS},
     "cacheengine.index_writer": {"cacheengine.redis_url", *INDEX, *WORDS},
-    "cacheengine.wishes": WORDS,
+    "cacheengine.wishes": {"cacheengine.redis_url", *WORDS},
     "cacheengine.offline": WORDS,
     "cacheengine.tiers": {
         "cacheengine.tiers", "cacheengine.tier", "cacheengine.frame", "cacheengine.pool",
@@ -51,7 +51,8 @@ MAY_IMPORT = {
     "gateway": {"gateway", "router", "cacheengine.metrics", "cacheengine.redis_url", *INDEX, *WORDS},
     # `cairn inspect` and `cairn clear` read and delete the blobs of the shared tier
     "gateway.cache_view": {
-        "gateway", "router", "cacheengine.frame", "cacheengine.tiers.redis", *INDEX, *WORDS,
+        "gateway", "router", "cacheengine.frame", "cacheengine.redis_url", "cacheengine.tiers.redis",
+        *INDEX, *WORDS,
     },
     "gateway.cache_deeds": {"gateway", "cacheengine.tiers.redis", *INDEX, *WORDS},
     # the launcher sits beside the gateway: it builds what the engine loads and checks what it needs

@@ -486,8 +486,12 @@ def test_a_redis_that_is_away_is_one_sentence_without_its_password(cairn):
 @pytest.mark.parametrize("url", ["http://:hunter2@h", "hunter2", "redis://:hunter2@h:port"])
 def test_what_is_no_redis_url_is_one_sentence_without_its_password(cairn, url):
     result = cairn("lookup", "--prompt", "x", "--redis-url", url)
-    assert "no Redis URL" in sentence(result, 2)
+    assert "redis_url" in sentence(result, 2)
     assert "hunter2" not in result.output
+
+
+def test_a_cluster_has_nothing_to_look_into_yet(cairn):
+    assert "Cluster" in sentence(cairn("lookup", "--prompt", "x", "--redis-url", "redis-cluster://h1,h2"), 2)
 
 
 def test_no_worker_alive_is_said(cairn):
