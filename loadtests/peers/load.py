@@ -1,0 +1,137 @@
+"""What each side costs when nothing is reused, and what it does when its processes die."""
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import redis
+
+from loadtests.bench_overhead import MAX_TOKENS, throughput
+from loadtests.engine import CHUNK, NO_DEVICE_CACHE, BenchFailed, Engine
+from loadtests.peers.daemon import PeerLab, in_redis, on_disk
+from loadtests.peers.lines import SECONDS, Line, rotated
+from loadtests.peers.tiers import Prompts, chunks
+
+PATIENCE_SECONDS = 60.0  # nobody waits longer for a first token
+ASKED = 3  # requests after each fault
+
+
+def overhead(lab: PeerLab, runs: Sequence[Prompts]) -> list[Line]:
+    """Every tier on, on both sides.  The first run wakes the workers and is not counted."""
+    line = Line("no reuse, ÷ plain vLLM", "×", [], [])
+    tokens = Line("no reuse", "tokens/s", [], [], [], note=f"answers of {MAX_TOKENS} tokens")
+    with lab.valkey() as theirs, lab.valkey() as ours:
+        adapter, secret = in_redis(theirs)
+        with (
+            lab.engine("plain", None, *NO_DEVICE_CACHE) as plain,
+            lab.peer("lmcache", on_disk(lab.folder / "lmcache"), adapter, secret=secret) as peer,
+            lab.engine("cairn", lab.disk("cairn"), *NO_DEVICE_CACHE, redis_url=ours) as cairn,
+        ):
+            seen: list[list[int]] = []
+            for i, prompts in enumerate(runs):
+                seen += prompts
+                found = {}
+                for side in rotated(("plain", "lmcache", "cairn"), i):
+                    found[side] = throughput(
+                        {"plain": plain, "lmcache": peer.engine, "cairn": cairn}[side], prompts
+                    )
+                    if side == "lmcache":
+                        peer.daemon.settled(chunks(seen, lab.chunk))
+                    if side == "cairn":
+                        cairn.settled(chunks(seen, CHUNK), "host", "disk", "redis")
+                if i:
+                    tokens.plain.append(found["plain"])
+                    tokens.lmcache.append(found["lmcache"])
+                    tokens.cairn.append(found["cairn"])
+                    line.lmcache.append(found["lmcache"] / found["plain"])
+                    line.cairn.append(found["cairn"] / found["plain"])
+    return [tokens, line]
+
+
+class Waited(NamedTuple):
+    """Seconds to the first token, or until nobody waited any longer."""
+
+    seconds: float
+    why_not: str = ""
+
+
+def faults(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> list[Line]:
+    """Fresh prompts after each fault, one at a time, each waited for PATIENCE_SECONDS at most.
+
+    Both sides lose their Valkey, first frozen, then killed.  Then a healthy LMCache loses its daemon; Cairn
+    has no process of that kind, so beside it stands Cairn without its Valkey, the only other one it has.
+    """
+    frozen, killed, alone = (prompts[at : at + ASKED] for at in range(0, 3 * ASKED, ASKED))
+    mine = {key: value for key, value in lab.disk("cairn").items() if not key.startswith("disk")}
+    lines = []
+    with lab.valkey() as theirs, lab.valkey() as ours:
+        adapter, secret = in_redis(theirs)
+        servers = [_pid(theirs), _pid(ours)]
+        with (
+            lab.peer("lmcache", adapter, secret=secret) as peer,
+            lab.engine("cairn", mine, *NO_DEVICE_CACHE, redis_url=ours) as cairn,
+        ):
+            pair = (peer.engine, cairn)
+            _wake(pair, warm_up)
+            for name, number, asked in (
+                ("Valkey frozen", signal.SIGSTOP, frozen),
+                ("Valkey killed after that", signal.SIGKILL, killed),
+            ):
+                for server in servers:
+                    os.kill(server, number)
+                lines.append(fault(name, *(after(engine, asked) for engine in pair)))
+            with lab.peer("lmcache-alone") as other:
+                _wake([other.engine], warm_up)
+                other.daemon.kill()
+                lines.append(
+                    fault("LMCache's daemon killed", after(other.engine, alone), after(cairn, alone))
+                )
+    return lines
+
+
+def after(engine: Engine, prompts: Prompts) -> list[Waited]:
+    """Every prompt is asked, whatever became of the ones before."""
+    found = []
+    for prompt in prompts:
+        began = time.monotonic()
+        try:
+            found.append(Waited(engine.ask(prompt).ttft))
+        except BenchFailed as exc:
+            found.append(Waited(min(PATIENCE_SECONDS, time.monotonic() - began), str(exc)))
+    return found
+
+
+def fault(name: str, theirs: Sequence[Waited], ours: Sequence[Waited]) -> Line:
+    """Who was not answered counts as having waited to the end, however soon it was told so."""
+    return Line(
+        f"TTFT, {name}",
+        SECONDS,
+        [counted(waited) for waited in theirs],
+        [counted(waited) for waited in ours],
+        note="; ".join(f"{side}: {said(waits)}" for side, waits in (("LMCache", theirs), ("Cairn", ours))),
+        worst=True,
+        unanswered=sum(bool(waited.why_not) for waited in ours),
+    )
+
+
+def counted(waited: Waited) -> float:
+    return PATIENCE_SECONDS if waited.why_not else waited.seconds
+
+
+def said(waits: Sequence[Waited]) -> str:
+    """Who was answered, and why the first that was not was not."""
+    failed = [waited.why_not for waited in waits if waited.why_not]
+    text = f"{len(waits) - len(failed)} of {len(waits)} answered"
+    return f"{text} ({failed[0][:80]})" if failed else text
+
+
+def _wake(engines: Sequence[Engine], prompt: list[int]) -> None:
+    for engine in engines:
+        engine.ask(prompt)
+        engine.http.timeout = PATIENCE_SECONDS
+
+
+def _pid(url: str) -> int:
+    return int(redis.Redis.from_url(url).info("server")["process_id"])
