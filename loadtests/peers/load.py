@@ -92,14 +92,16 @@ def faults(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> list[Line]:
 
 
 def after(engine: Engine, prompts: Prompts) -> list[Waited]:
-    """Every prompt is asked, whatever became of the ones before."""
+    """Asked one after another until one waits in vain; one that is refused at once does not end it."""
     found = []
     for prompt in prompts:
         began = time.monotonic()
         try:
             found.append(Waited(engine.ask(prompt).ttft))
         except BenchFailed as exc:
-            found.append(Waited(min(PATIENCE_SECONDS, time.monotonic() - began), str(exc)))
+            found.append(Waited(time.monotonic() - began, str(exc)))
+            if found[-1].seconds >= PATIENCE_SECONDS:
+                break
     return found
 
 

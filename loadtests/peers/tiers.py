@@ -80,7 +80,7 @@ def host(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> list[Line]:
         turns = Turns(peer, cairn, lab.chunk, plain)
         turns.fill([warm_up], "host")
         turns.warm([warm_up], "", "host")
-        return [turns.fill(prompts, "host"), turns.warm(prompts, "host memory", "host")]
+        return [turns.fill(prompts, "host"), turns.warm([*prompts] * 3, "host memory", "host")]
 
 
 def disk(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> list[Line]:

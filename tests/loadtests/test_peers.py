@@ -166,7 +166,7 @@ def engine(http: httpx.Client, tmp_path: Path) -> Engine:
     return Engine(child, http, "fake")
 
 
-def test_every_prompt_is_asked_whatever_became_of_the_ones_before(tmp_path):
+def test_who_is_refused_at_once_does_not_end_the_asking(tmp_path):
     worker = FakeVLLM(status=500)
     with serve(worker) as url, httpx.Client(base_url=url) as http:
         waits = load.after(engine(http, tmp_path), [[1], [2]])
