@@ -27,6 +27,11 @@ def test_seconds_are_better_when_fewer_and_rates_when_more():
     assert Line("set", "GB/s", [2.0], [3.0]).ratio == pytest.approx(1.5)
 
 
+def test_the_best_turns_are_told_beside_the_median():
+    assert FASTER.best == pytest.approx(4)
+    assert Line("set", "GB/s", [1.0, 2.0], [3.0, 2.5]).best == pytest.approx(1.5)
+
+
 def test_after_a_fault_the_slowest_are_compared():
     line = Line("killed", "s", [1.0, 60.0], [2.0, 3.0], worst=True)
     assert line.ratio == pytest.approx(20)
