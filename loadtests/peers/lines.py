@@ -42,7 +42,7 @@ class Line:
 
     @property
     def best(self) -> float:
-        """The same of the best turn of each side: what others on the machine do can only make a turn worse."""
+        """The same of each side's best turn: what else runs on a machine can only make a turn worse."""
         if self.unit == SECONDS:
             return min(self.lmcache) / min(self.cairn)
         return max(self.cairn) / max(self.lmcache)
