@@ -38,7 +38,7 @@ def _warm(lab: PeerLab, prompts: int, what: Callable[..., list[Line]], times: in
 
 
 def _overhead(lab: PeerLab, quick: bool) -> list[Line]:
-    runs, size = 2 if quick else 7, bench_overhead.PROMPTS
+    runs, size = 2 if quick else 6, bench_overhead.PROMPTS
     prompts = slices(lab.token_ids(), runs * size, bench_overhead.TOKENS)
     return load.overhead(lab, [prompts[at : at + size] for at in range(0, len(prompts), size)])
 
