@@ -28,6 +28,10 @@ class Line:
     worst: bool = False
     unanswered: int = 0  # of Cairn's requests
 
+    def __str__(self) -> str:
+        theirs, ours = (" ".join(f"{value:.3g}" for value in side) for side in (self.lmcache, self.cairn))
+        return f"{self.name}: {self.ratio:.2f}×; LMCache {theirs}; Cairn {ours} {self.unit}"
+
     @property
     def ratios(self) -> list[float]:
         """How many times better Cairn was, turn by turn; a machine that slows down slows both sides."""

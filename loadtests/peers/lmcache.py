@@ -9,13 +9,13 @@ native file and RESP adapters.  Prefix caching in vLLM is off, so every hit is t
 chunk size that Cairn runs with; --lmcache-chunk 256 is its own default.  Its hits are read from vLLM's
 `cached_tokens`; where it has none, that is the measurement.  Cairn's are proved by its counters.
 
-Sections, each under eight minutes on two cores: host, disk, redis, overhead, connectors, faults.
+Sections, each under eight minutes on two cores: host, disk, redis, overhead, connectors, faults, daemon.
 docs/peers.md has the last full run and what the comparison cannot say.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -32,42 +32,44 @@ from loadtests.texts import slices
 TOKENS = 3000
 
 
-def _warm(lab: PeerLab, prompts: int, what: Callable[..., list[Line]], times: int = 1) -> list[Line]:
-    first, *asked = slices(lab.token_ids(), times * prompts + 1, TOKENS)
+def _asked(lab: PeerLab, prompts: int, what: Callable[..., Iterator[Line]]) -> Iterator[Line]:
+    first, *asked = slices(lab.token_ids(), prompts + 1, TOKENS)
     return what(lab, asked, first)
 
 
-def _overhead(lab: PeerLab, quick: bool) -> list[Line]:
+def _overhead(lab: PeerLab, quick: bool) -> Iterator[Line]:
     runs, size = 2 if quick else 6, bench_overhead.PROMPTS
     prompts = slices(lab.token_ids(), runs * size, bench_overhead.TOKENS)
     return load.overhead(lab, [prompts[at : at + size] for at in range(0, len(prompts), size)])
 
 
-def _connectors(lab: PeerLab, quick: bool) -> list[Line]:
+def _connectors(lab: PeerLab, quick: bool) -> Iterator[Line]:
     with lab.valkey() as url:
-        return values.lines(lab.python, url, 2 if quick else 8)
+        yield from values.lines(lab.python, url, 2 if quick else 8)
 
 
-SECTIONS: dict[str, Callable[[PeerLab, bool], list[Line]]] = {
-    "host": lambda lab, quick: _warm(lab, 2 if quick else 6, tiers.host),
-    "disk": lambda lab, quick: _warm(lab, 1 if quick else 4, tiers.disk, 2),
-    "redis": lambda lab, quick: _warm(lab, 2 if quick else 6, tiers.redis),
+SECTIONS: dict[str, Callable[[PeerLab, bool], Iterator[Line]]] = {
+    "host": lambda lab, quick: _asked(lab, 2 if quick else 6, tiers.host),
+    "disk": lambda lab, quick: _asked(lab, 2 if quick else 8, tiers.disk),
+    "redis": lambda lab, quick: _asked(lab, 2 if quick else 6, tiers.redis),
     "overhead": _overhead,
     "connectors": _connectors,
-    "faults": lambda lab, quick: _warm(lab, load.ASKED, load.faults, 3),
+    "faults": lambda lab, quick: _asked(lab, 2 * load.ASKED, load.faults),
+    "daemon": lambda lab, quick: _asked(lab, load.ASKED, load.daemon),
 }
 
 
 def bench(args: argparse.Namespace) -> int:
-    wanted = args.only or list(SECTIONS)
     lines: list[Line] = []
-    for name in wanted:
+    for name in args.only or SECTIONS:
         with PeerLab(
             Console(stderr=True), model=args.model, dtype=args.dtype, venv=args.venv, chunk=args.lmcache_chunk
         ) as lab:
             lab.install()
             lab.board.say(f"— {name}")
-            lines += SECTIONS[name](lab, args.quick)
+            for line in SECTIONS[name](lab, args.quick):
+                lab.board.say(f"  {line}")
+                lines.append(line)
     title = f"LMCache {VERSION} and Cairn behind the same vLLM, prompts of {TOKENS:,} tokens"
     Console().print(table(lines, title))
     print(notes(lines))

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import redis
@@ -15,10 +15,10 @@ from loadtests.peers.lines import SECONDS, Line, rotated
 from loadtests.peers.tiers import Prompts, chunks
 
 PATIENCE_SECONDS = 60.0  # nobody waits longer for a first token
-ASKED = 3  # requests after each fault
+ASKED = 3  # fresh prompts after each fault, one at a time
 
 
-def overhead(lab: PeerLab, runs: Sequence[Prompts]) -> list[Line]:
+def overhead(lab: PeerLab, runs: Sequence[Prompts]) -> Iterator[Line]:
     """Every tier on, on both sides.  The first run wakes the workers and is not counted."""
     line = Line("no reuse, ÷ plain vLLM", "×", [], [])
     tokens = Line("no reuse", "tokens/s", [], [], [], note=f"answers of {MAX_TOKENS} tokens")
@@ -47,7 +47,8 @@ def overhead(lab: PeerLab, runs: Sequence[Prompts]) -> list[Line]:
                     tokens.cairn.append(found["cairn"])
                     line.lmcache.append(found["lmcache"] / found["plain"])
                     line.cairn.append(found["cairn"] / found["plain"])
-    return [tokens, line]
+    yield tokens
+    yield line
 
 
 class Waited(NamedTuple):
@@ -57,15 +58,9 @@ class Waited(NamedTuple):
     why_not: str = ""
 
 
-def faults(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> list[Line]:
-    """Fresh prompts after each fault, one at a time, each waited for PATIENCE_SECONDS at most.
-
-    Both sides lose their Valkey, first frozen, then killed.  Then a healthy LMCache loses its daemon; Cairn
-    has no process of that kind, so beside it stands Cairn without its Valkey, the only other one it has.
-    """
-    frozen, killed, alone = (prompts[at : at + ASKED] for at in range(0, 3 * ASKED, ASKED))
+def faults(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> Iterator[Line]:
+    """Both sides lose their Valkey: it freezes, and then it is killed."""
     mine = {key: value for key, value in lab.disk("cairn").items() if not key.startswith("disk")}
-    lines = []
     with lab.valkey() as theirs, lab.valkey() as ours:
         adapter, secret = in_redis(theirs)
         servers = [_pid(theirs), _pid(ours)]
@@ -76,19 +71,27 @@ def faults(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> list[Line]:
             pair = (peer.engine, cairn)
             _wake(pair, warm_up)
             for name, number, asked in (
-                ("Valkey frozen", signal.SIGSTOP, frozen),
-                ("Valkey killed after that", signal.SIGKILL, killed),
+                ("Valkey frozen", signal.SIGSTOP, prompts[:ASKED]),
+                ("Valkey killed after that", signal.SIGKILL, prompts[ASKED:]),
             ):
                 for server in servers:
                     os.kill(server, number)
-                lines.append(fault(name, *(after(engine, asked) for engine in pair)))
-            with lab.peer("lmcache-alone") as other:
-                _wake([other.engine], warm_up)
-                other.daemon.kill()
-                lines.append(
-                    fault("LMCache's daemon killed", after(other.engine, alone), after(cairn, alone))
-                )
-    return lines
+                yield fault(name, *(after(engine, asked) for engine in pair))
+
+
+def daemon(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> Iterator[Line]:
+    """LMCache loses its daemon.  Cairn has no process of that kind: it loses the only other one it has."""
+    mine = {key: value for key, value in lab.disk("cairn").items() if not key.startswith("disk")}
+    with (
+        lab.valkey() as ours,
+        lab.peer("lmcache") as peer,
+        lab.engine("cairn", mine, *NO_DEVICE_CACHE, redis_url=ours) as cairn,
+    ):
+        _wake((peer.engine, cairn), warm_up)
+        os.kill(_pid(ours), signal.SIGKILL)
+        peer.daemon.kill()
+        theirs = after(peer.engine, prompts)
+        yield fault("LMCache's daemon killed, Cairn's Valkey killed", theirs, after(cairn, prompts))
 
 
 def after(engine: Engine, prompts: Prompts) -> list[Waited]:

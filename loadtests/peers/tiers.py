@@ -1,6 +1,6 @@
 """TTFT from each tier, LMCache's and Cairn's, prompt by prompt in turns."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from loadtests.engine import CHUNK, NO_DEVICE_CACHE, BenchFailed, Engine
@@ -69,7 +69,7 @@ def told(hits: Sequence[int]) -> str:
     return f"LMCache hit {low:,} tokens" if low == high else f"LMCache hit {low:,} to {high:,} tokens"
 
 
-def host(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> list[Line]:
+def host(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> Iterator[Line]:
     """Memory alone on both sides."""
     mine = {key: value for key, value in lab.disk("cairn").items() if not key.startswith("disk")}
     with (
@@ -80,10 +80,11 @@ def host(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> list[Line]:
         turns = Turns(peer, cairn, lab.chunk, plain)
         turns.fill([warm_up], "host")
         turns.warm([warm_up], "", "host")
-        return [turns.fill(prompts, "host"), turns.warm([*prompts] * 3, "host memory", "host")]
+        yield turns.fill(prompts, "host")
+        yield turns.warm([*prompts] * 3, "host memory", "host")
 
 
-def disk(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> list[Line]:
+def disk(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> Iterator[Line]:
     """kill -9 of every process, then the same folders.  The second half is asked with a warm page cache."""
     mine, theirs = lab.disk("cairn"), lab.folder / "lmcache"
     first, second = prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]
@@ -101,12 +102,12 @@ def disk(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> list[Line]:
         turns = Turns(peer, cairn, lab.chunk)
         turns.warm([warm_up], "", "disk")
         forget_pages(theirs)
-        lines = [turns.warm(first, "disk after kill -9", "disk")]
+        yield turns.warm(first, "disk after kill -9", "disk")
         remember_pages(theirs)
-        return [*lines, turns.warm(second, "disk after kill -9, page cache warm", "disk")]
+        yield turns.warm(second, "disk after kill -9, page cache warm", "disk")
 
 
-def redis(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> list[Line]:
+def redis(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> Iterator[Line]:
     """One worker fills a Valkey, another with nothing of its own asks it.  A Valkey for each side."""
     mine = {key: value for key, value in lab.disk("cairn").items() if not key.startswith("disk")}
     with lab.valkey() as theirs, lab.valkey() as ours:
@@ -124,4 +125,4 @@ def redis(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> list[Line]:
         ):
             turns = Turns(peer, cairn, lab.chunk)
             turns.warm([warm_up], "", "redis")
-            return [turns.warm(prompts, "Redis, another worker", "redis")]
+            yield turns.warm(prompts, "Redis, another worker", "redis")
