@@ -9,7 +9,7 @@ native file and RESP adapters.  Prefix caching in vLLM is off, so every hit is t
 chunk size that Cairn runs with; --lmcache-chunk 256 is its own default.  Its hits are read from vLLM's
 `cached_tokens`; where it has none, that is the measurement.  Cairn's are proved by its counters.
 
-Sections, each under eight minutes on two cores: host, disk, redis, overhead, connectors, faults, daemon.
+Sections, each under eight minutes on two cores: host, disk, redis, overhead, connectors, faults.
 docs/peers.md has the last full run and what the comparison cannot say.
 """
 
@@ -55,7 +55,6 @@ SECTIONS: dict[str, Callable[[PeerLab, bool], Iterator[Line]]] = {
     "overhead": _overhead,
     "connectors": _connectors,
     "faults": lambda lab, quick: _asked(lab, 2 * load.ASKED, load.faults),
-    "daemon": lambda lab, quick: _asked(lab, load.ASKED, load.daemon),
 }
 
 

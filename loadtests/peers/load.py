@@ -59,7 +59,11 @@ class Waited(NamedTuple):
 
 
 def faults(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> Iterator[Line]:
-    """Both sides lose their Valkey: it freezes, and then it is killed."""
+    """Both sides' Valkey freezes and thaws; then LMCache loses its daemon, and Cairn its Valkey.
+
+    Cairn has no process like the daemon: its Valkey is the only other one there is to lose.
+    """
+    frozen, killed = prompts[:ASKED], prompts[ASKED:]
     mine = {key: value for key, value in lab.disk("cairn").items() if not key.startswith("disk")}
     with lab.valkey() as theirs, lab.valkey() as ours:
         adapter, secret = in_redis(theirs)
@@ -70,28 +74,14 @@ def faults(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> Iterator[Line]
         ):
             pair = (peer.engine, cairn)
             _wake(pair, warm_up)
-            for name, number, asked in (
-                ("Valkey frozen", signal.SIGSTOP, prompts[:ASKED]),
-                ("Valkey killed after that", signal.SIGKILL, prompts[ASKED:]),
-            ):
-                for server in servers:
-                    os.kill(server, number)
-                yield fault(name, *(after(engine, asked) for engine in pair))
-
-
-def daemon(lab: PeerLab, prompts: Prompts, warm_up: list[int]) -> Iterator[Line]:
-    """LMCache loses its daemon.  Cairn has no process of that kind: it loses the only other one it has."""
-    mine = {key: value for key, value in lab.disk("cairn").items() if not key.startswith("disk")}
-    with (
-        lab.valkey() as ours,
-        lab.peer("lmcache") as peer,
-        lab.engine("cairn", mine, *NO_DEVICE_CACHE, redis_url=ours) as cairn,
-    ):
-        _wake((peer.engine, cairn), warm_up)
-        os.kill(_pid(ours), signal.SIGKILL)
-        peer.daemon.kill()
-        theirs = after(peer.engine, prompts)
-        yield fault("LMCache's daemon killed, Cairn's Valkey killed", theirs, after(cairn, prompts))
+            _signal(servers, signal.SIGSTOP)
+            try:
+                yield fault("Valkey frozen", *(after(engine, frozen) for engine in pair))
+            finally:
+                _signal(servers, signal.SIGCONT)
+            _signal(servers[1:], signal.SIGKILL)
+            peer.daemon.kill()
+            yield fault("its daemon killed, our Valkey killed", *(after(engine, killed) for engine in pair))
 
 
 def after(engine: Engine, prompts: Prompts) -> list[Waited]:
@@ -136,6 +126,11 @@ def _wake(engines: Sequence[Engine], prompt: list[int]) -> None:
     for engine in engines:
         engine.ask(prompt)
         engine.http.timeout = PATIENCE_SECONDS
+
+
+def _signal(processes: Sequence[int], number: signal.Signals) -> None:
+    for process in processes:
+        os.kill(process, number)
 
 
 def _pid(url: str) -> int:
