@@ -12,7 +12,7 @@ from loadtests.bench_overhead import MAX_TOKENS, throughput
 from loadtests.engine import CHUNK, NO_DEVICE_CACHE, BenchFailed, Engine
 from loadtests.peers.daemon import PeerLab, in_redis, on_disk
 from loadtests.peers.lines import SECONDS, Line, rotated
-from loadtests.peers.tiers import Prompts, chunks
+from loadtests.peers.tiers import PATIENT, Prompts, chunks
 
 PATIENCE_SECONDS = 60.0  # nobody waits longer for a first token
 ASKED = 3  # fresh prompts after each fault, one at a time
@@ -27,7 +27,7 @@ def overhead(lab: PeerLab, runs: Sequence[Prompts]) -> Iterator[Line]:
         with (
             lab.engine("plain", None, *NO_DEVICE_CACHE) as plain,
             lab.peer("lmcache", on_disk(lab.folder / "lmcache"), adapter, secret=secret) as peer,
-            lab.engine("cairn", lab.disk("cairn"), *NO_DEVICE_CACHE, redis_url=ours) as cairn,
+            lab.engine("cairn", lab.disk("cairn") | PATIENT, *NO_DEVICE_CACHE, redis_url=ours) as cairn,
         ):
             seen: list[list[int]] = []
             for i, prompts in enumerate(runs):
