@@ -15,6 +15,7 @@ from loadtests.peers.lines import SECONDS, Line, rotated
 from loadtests.peers.tiers import PATIENT, Prompts, chunks
 
 PATIENCE_SECONDS = 60.0  # nobody waits longer for a first token
+_REUSED = "vllm:external_prefix_cache_hits_total"  # whatever connector they came through
 ASKED = 3  # fresh prompts after each fault, one at a time
 
 
@@ -47,6 +48,9 @@ def overhead(lab: PeerLab, runs: Sequence[Prompts]) -> Iterator[Line]:
                     tokens.cairn.append(found["cairn"])
                     line.lmcache.append(found["lmcache"] / found["plain"])
                     line.cairn.append(found["cairn"] / found["plain"])
+            for engine in (plain, peer.engine, cairn):
+                if reused := engine.metrics().get(_REUSED):
+                    raise BenchFailed(f"{reused:g} tokens were reused: this is not a workload without reuse")
     yield tokens
     yield line
 
