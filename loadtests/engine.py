@@ -159,9 +159,15 @@ class Lab:
 
     @contextlib.contextmanager
     def engine(
-        self, name: str, cache: Mapping[str, str | int] | None, *args: str, redis_url: str = ""
+        self,
+        name: str,
+        cache: Mapping[str, str | int] | None,
+        *args: str,
+        redis_url: str = "",
+        python: str = sys.executable,
+        env: Mapping[str, str] | None = None,
     ) -> Iterator[Engine]:
-        """A worker, ready; `cache=None` is plain vLLM.  `args` go to vLLM."""
+        """A worker, ready; `cache=None` is plain vLLM.  `args` go to vLLM; a peer's `python` runs it."""
         port = free_port()
         worker = WorkerSpec(
             model=str(self.model.path), port=port, served_name="bench", dtype=self._dtype,
@@ -172,10 +178,10 @@ class Lab:
         with httpx.Client(base_url=worker.url, timeout=_ANSWER_SECONDS, trust_env=False) as http:
             spec = Spec(
                 name=name,
-                argv=command(worker, connector=cache is not None),
+                argv=(python, *command(worker, connector=cache is not None)[1:]),
                 log=self._log(name),
                 ready=lambda: healthy(http),
-                env=environment(worker, _FASTER_START | without_ours(os.environ)),
+                env=environment(worker, _FASTER_START | without_ours(os.environ) | dict(env or {})),
                 deadline_seconds=_START_SECONDS,
             )
             with self._running(spec) as child:
@@ -232,9 +238,9 @@ def totals(exposition: str) -> dict[str, float]:
     return found
 
 
-def healthy(http: httpx.Client) -> bool:
+def healthy(http: httpx.Client, path: str = "/health") -> bool:
     try:
-        return http.get("/health", timeout=2.0).status_code == httpx.codes.OK
+        return http.get(path, timeout=2.0).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
 
