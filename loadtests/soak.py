@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,7 @@ _SETTINGS = {
     "CAIRN_REDIS_BYTES": "384MiB",
     "CAIRN_REDIS_TIMEOUT_MS": "500",
     "CAIRN_VERIFY_LOADS": "true",
+    "VLLM_SERVER_DEV_MODE": "1",  # for forget_device()
     "CAIRN_WORKER_COUNT": str(WORKERS),
     "CAIRN_SERVED_MODEL_NAME": "soak",
     "CAIRN_MAX_MODEL_LEN": "4096",
@@ -254,6 +255,14 @@ def worker_metrics(port: int) -> Counter[str]:
     return found
 
 
+def forget_device(port: int) -> None:
+    """Empty vLLM's own prefix cache where a worker is idle just now: it would hold all these prompts, and our
+    tiers would have nothing to do."""
+    for n in range(WORKERS):
+        with suppress(httpx.HTTPError):
+            httpx.post(f"http://127.0.0.1:{port + 1 + n}/reset_prefix_cache", timeout=2, trust_env=False)
+
+
 @dataclass
 class Soak:
     """The time under load, once everything runs."""
@@ -302,6 +311,7 @@ class Soak:
             if self.launcher.exit_code() is not None:
                 raise self.launcher.failure()
             memory.sample(passed / seconds)
+            forget_device(self.port)
             if passed < seconds - 20:  # the end is quiet: whatever was broken is used again
                 chaos.tick(kills=passed < KILLS_UNTIL * seconds)
             if time.monotonic() - said > _SAY_SECONDS:
