@@ -153,6 +153,18 @@ def test_a_request_that_runs_through_a_reset_is_not_saved_under_any_name(tmp_pat
     assert asked(engine, "b") == 0
 
 
+def test_a_reset_leaves_alone_what_is_still_to_be_emptied(tmp_path):
+    """A wish to clear zeroes headers outside the lock; its slots must not be given away meanwhile."""
+    engine = half(tmp_path)
+    serve(engine, "a")
+    for _ in range(4):  # idle steps write to the disk
+        settle(engine, engine.plans(SchedulerOutput.make_empty()).plans)
+    wished = engine.store.clear()
+    assert len(wished) == 3
+    engine.clear()
+    assert sorted(engine.store.to_erase()) == sorted(wished)
+
+
 def test_two_resets_are_two_generations(tmp_path):
     engine = half(tmp_path)
     engine.clear()
