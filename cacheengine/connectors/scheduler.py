@@ -169,7 +169,9 @@ class SchedulerHalf:
         for req_id in list(self._live):
             self.end(req_id)
         with self._lock:
-            self.store.erased(self.store.clear())  # their headers may stay: nobody can ask for those names
+            wished = self.store.to_erase()  # a clear that people wished for is not over before they are empty
+            # of all others the headers may stay: nobody can ask for those names
+            self.store.erased(set(self.store.clear()).difference(wished))
             if self._device is not None:
                 self._device.clear()
             self._publish()

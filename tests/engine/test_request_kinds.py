@@ -233,20 +233,18 @@ def test_a_salt_shares_with_itself_alone(worker):
 
 
 def test_several_answers_to_one_prompt(worker):
+    """Sampled, since vLLM refuses n > 1 for greedy; from one candidate, so that all are the greedy answer.
+    Not seeded: a seed under chunked prefill ends vLLM 0.32 on the CPU, with a cache or without."""
+    prompt = tokens(220, 700)
+    expected = truth(worker, prompt)
     body = {
-        "model": "smol", "prompt": tokens(220, 700), "max_tokens": 16, "n": 3, "temperature": 0.8, "seed": 7,
+        "model": "smol", "prompt": prompt, "max_tokens": 16, "n": 3, "temperature": 0.8, "top_k": 1,
         "ignore_eos": True, "return_token_ids": True,
     }  # fmt: skip
-
-    def answers(**fields: object) -> list[list[int]]:
-        reply = worker.http.post("/v1/completions", json={**body, **fields})
-        assert reply.status_code == 200, reply.text
-        return [choice["token_ids"] for choice in reply.json()["choices"]]
-
-    expected = answers(cache_salt="several")
-    assert len({tuple(answer) for answer in expected}) == 3
     for _ in range(2):
-        assert answers() == expected
+        reply = worker.http.post("/v1/completions", json=body)
+        assert reply.status_code == 200, reply.text
+        assert [choice["token_ids"] for choice in reply.json()["choices"]] == [expected] * 3
         until(lambda: reset(worker))
 
 

@@ -191,6 +191,20 @@ def test_after_a_reset_nothing_stored_before_is_found(start, tmp_path):
     assert hits(engine, "host") > before[0]
 
 
+def test_after_a_reset_not_even_redis_is_believed(start, valkey):
+    """Others put chunks there, and so did we: under names that this process no longer says."""
+    engine = start(redis_url=valkey.unix_url, redis_timeout_ms=20_000)
+    assert engine.ask(PROMPT) == ANSWER
+    with valkey.client() as client:
+        assert client.keys("*_bytes")
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+    assert engine.ask(PROMPT) == ANSWER
+    assert hits(engine, "redis") == 0
+    again = start(redis_url=valkey.unix_url, redis_timeout_ms=20_000)  # the same weights, read anew
+    assert again.ask(PROMPT) == ANSWER
+    assert hits(again, "redis") > 0.7 * LOADABLE
+
+
 def test_new_weights_never_meet_old_pages(start, monkeypatch):
     """The weights change under requests that wait and run: vLLM preempts, resets, goes on."""
     engine = start(budget=64)

@@ -141,16 +141,28 @@ def test_a_reset_keeps_its_promise_while_plans_are_under_way(tmp_path):
 
 
 def test_a_request_that_runs_through_a_reset_is_not_saved_under_any_name(tmp_path):
-    """Its first chunks were made by the old weights, its next by the new."""
+    """Half a chunk was made by the old weights, the rest by the new."""
     engine = half(tmp_path)
     req = request("a")
     engine.begin(req)
-    settle(engine, step(engine, req, CHUNK))
+    assert step(engine, req, CHUNK // 2) == []
     engine.clear()
     assert step(engine, req, 2 * CHUNK) == []
     assert engine.matched(req, 0) == 0
     engine.end("a")
     assert asked(engine, "b") == 0
+
+
+def test_a_reset_leaves_alone_what_is_still_to_be_emptied(tmp_path):
+    """A wish to clear zeroes headers outside the lock; its slots must not be given away meanwhile."""
+    engine = half(tmp_path)
+    serve(engine, "a")
+    for _ in range(4):  # idle steps write to the disk
+        settle(engine, engine.plans(SchedulerOutput.make_empty()).plans)
+    wished = engine.store.clear()
+    assert len(wished) == 3
+    engine.clear()
+    assert sorted(engine.store.to_erase()) == sorted(wished)
 
 
 def test_two_resets_are_two_generations(tmp_path):
