@@ -63,7 +63,7 @@ MAY_IMPORT = {
 }  # fmt: skip
 # The plan said 9,400, without the launcher (`make up`, `cairn status` and `doctor`: 1,900 lines).  Then came
 # codecs, Sentinel and Cluster, eviction policies, tails, quotas and the commands that look into the cache.
-MAX_LINES = {"file": 400, "function": 60, "product": 13_700}
+MAX_LINES = {"file": 400, "function": 60, "product": 14_000}
 MAY_USE = {
     "torch": ("cacheengine.ops", "cacheengine.connectors", "gateway.launch.convert"),
     "vllm": ("cacheengine.connectors",),
