@@ -29,7 +29,7 @@ class Holdings:
         self.chunks: dict[ChunkKey, Chunk] = {}
         self.backlog = {tier: Backlog() for tier in LOWER if tier in slots}
         self.pins: frozenset[ChunkKey] = frozenset()
-        self.erasing: dict[int, str] = {}  # disk slot → tenant: its header must go before it is used again
+        self.erasing: set[int] = set()  # disk slots whose headers must go before they are used again
         self.evicted = dict.fromkeys(slots, 0)
         self.unwritten = dict.fromkeys(self.backlog, 0)  # chunks that left the host before they got there
         self._full = full
@@ -59,7 +59,7 @@ class Holdings:
     def commit(self, tier: str, key: ChunkKey, slot: int) -> None:
         """REQUIRES an adopted key and a slot reserved for it."""
         chunk = self.chunks[key]
-        self.shelves[tier].commit(key, slot, chunk.depth, chunk.tenant)
+        self.shelves[tier].commit(key, slot, chunk.depth)
         if tier in self.backlog:
             self.backlog[tier].drop(key)
         self.mark(key)
@@ -126,19 +126,19 @@ class Holdings:
             chunk.leases -= 1
             if not chunk.leases:
                 for tier, slot in chunk.limbo:
-                    self.shelves[tier].release(slot, chunk.tenant)
+                    self.shelves[tier].release(slot)
                 chunk.limbo.clear()
 
     def use(self, key: ChunkKey, now: float) -> None:
         """`key` is used, and with it all before it: deepest first, so that no chunk is ever fresher than its
         parent."""
-        path, tenant = [], ""
+        path = []
         while (chunk := self.chunks.get(key)) is not None:
-            chunk.used, tenant = now, chunk.tenant
+            chunk.used = now
             path.append(key)
             key = chunk.parent
         for shelf in self.shelves.values():
-            shelf.hit(path, tenant)
+            shelf.hit(path)
         for tier in self.backlog:
             self.want_below(tier, reversed(path))
 
@@ -150,8 +150,9 @@ class Holdings:
     def erased(self, slots: Collection[int]) -> None:
         """These disk slots hold nothing any more, whoever looks."""
         for slot in slots:
-            if (tenant := self.erasing.pop(slot, None)) is not None:
-                self.shelves[DISK].release(slot, tenant)
+            if slot in self.erasing:
+                self.erasing.discard(slot)
+                self.shelves[DISK].release(slot)
 
     def mark(self, key: ChunkKey) -> None:
         chunk = self.chunks[key]
@@ -197,13 +198,13 @@ class Holdings:
     def _take(self, tier: str, key: ChunkKey, chunk: Chunk, erase: bool = False) -> None:
         """Off one shelf; the slot is free when nobody reads it any more."""
         shelf = self.shelves[tier]
-        slot = shelf.detach(key, chunk.tenant)
+        slot = shelf.detach(key)
         if chunk.leases:
             chunk.limbo.append((tier, slot))
         elif erase and tier == DISK:
-            self.erasing[slot] = chunk.tenant
+            self.erasing.add(slot)
         else:
-            shelf.release(slot, chunk.tenant)
+            shelf.release(slot)
         if tier == HOST:
             for lower, backlog in self.backlog.items():
                 self.unwritten[lower] += backlog.drop(key)

@@ -1,6 +1,6 @@
 """What the store keeps its books in: the slots of one tier, a chunk's kin, what an open plan holds."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -23,6 +23,7 @@ class Shelf:
         self.reserved = 0
         self._new_order, self._share = evictor, share
         self._orders: dict[str, Evictor] = {}  # by tenant; "" for all where there is no quota
+        self._owner: dict[int, str] = {}  # of each slot in use, where there is one
         self._taken: dict[str, int] = {}  # slots by tenant, reserved ones too
         self._untouched = 0  # slots from here on were never used; a million-slot shelf costs nothing empty
         self._returned: list[int] = []
@@ -32,90 +33,90 @@ class Shelf:
         return self.slots - self._untouched + len(self._returned)
 
     def has_room(self, tenant: str) -> bool:
-        return self.free > 0 and not self._full_share(self._quota(tenant))
+        return self.free > 0 and not self._full_share(tenant)
 
     def reserve(self, tenant: str) -> int:
-        """REQUIRES has_room(tenant)."""
+        """REQUIRES has_room(tenant), to whom the slot counts until it is released."""
         self.reserved += 1
-        self._count(tenant, 1)
         if self._returned:
-            return self._returned.pop()
-        self._untouched += 1
-        return self._untouched - 1
+            slot = self._returned.pop()
+        else:
+            slot, self._untouched = self._untouched, self._untouched + 1
+        if self._share < 1:
+            self._owner[slot] = tenant
+            self._taken[tenant] = self._taken.get(tenant, 0) + 1
+        return slot
 
-    def release(self, slot: int, tenant: str) -> None:
+    def release(self, slot: int) -> None:
         self.reserved -= 1
-        self._count(tenant, -1)
         self._returned.append(slot)
+        if self._share < 1:
+            tenant = self._owner.pop(slot)
+            self._taken[tenant] -= 1
+            if not self._taken[tenant]:  # tenants come and go; nothing is kept of one who has nothing here
+                del self._taken[tenant]
+                self._orders.pop(tenant, None)
 
-    def commit(self, key: ChunkKey, slot: int, depth: int, tenant: str) -> None:
+    def commit(self, key: ChunkKey, slot: int, depth: int) -> None:
         """A reserved slot now holds `key`.  Where another plan was quicker, the slot is given back."""
         if key in self.at:
-            self.release(slot, tenant)
+            self.release(slot)
             return
         self.reserved -= 1
         self.at[key] = slot
-        self._order(tenant).add(key, depth)
+        self._order(slot).add(key, depth)
 
-    def hit(self, keys: Sequence[ChunkKey], tenant: str) -> None:
-        """Those of `keys` that are here were used, in this order."""
-        at, hit = self.at, self._order(tenant).hit
+    def hit(self, keys: Sequence[ChunkKey]) -> None:
+        """Those of `keys`, chunks of one prompt, that are here were used, in this order."""
+        at = self.at
         for key in keys:
-            if key in at:
-                hit(key)
+            if (slot := at.get(key)) is not None:
+                self._order(slot).hit(key)
 
-    def detach(self, key: ChunkKey, tenant: str) -> int:
-        """`key` is not here any more, but its slot stays reserved: somebody still reads it.  -1: was not."""
+    def detach(self, key: ChunkKey) -> int:
+        """`key` is here no more, but its slot stays reserved: somebody may still read it.  -1: was not here."""
         slot = self.at.pop(key, -1)
         if slot >= 0:
             self.reserved += 1
-            self._order(tenant).forget(key)
+            self._order(slot).forget(key)
         return slot
 
     def victims(self, tenant: str) -> Iterator[ChunkKey]:
         """Worst first, for room for a chunk of this tenant."""
-        tenant = self._quota(tenant)
         if self._full_share(tenant):
-            return self._order(tenant).victims()
-        most = sorted(self._orders, key=lambda name: self._taken.get(name, 0), reverse=True)
-        return chain.from_iterable(self._orders[name].victims() for name in most)
+            most = [tenant]
+        else:
+            most = sorted(self._orders, key=lambda name: self._taken.get(name, 0), reverse=True)
+        return chain.from_iterable(self._orders[name].victims() for name in most if name in self._orders)
 
     def restore(self, found: dict[ChunkKey, tuple[int, int]]) -> None:
-        """REQUIRES an unused shelf: key → (slot, depth), parents first; these slots are taken already."""
+        """REQUIRES an unused shelf: key → (slot, depth), parents first; these slots are taken already, and
+        whose they are nobody knows any more."""
         self.at.update((key, slot) for key, (slot, _) in found.items())
         taken = set(self.at.values())
         self._untouched = max(taken, default=-1) + 1
         self._returned = [slot for slot in range(self._untouched - 1, -1, -1) if slot not in taken]
-        self._taken = {"": len(taken)} if taken else {}
-        for key, (_, depth) in reversed(found.items()):
-            self._order("").add(key, depth)
+        if self._share < 1 and taken:
+            self._owner, self._taken = dict.fromkeys(taken, ""), {"": len(taken)}
+        for key, (slot, depth) in reversed(found.items()):
+            self._order(slot).add(key, depth)
 
     def check(self, name: str) -> None:
         total = self.free + len(self.at) + self.reserved
         assert total == self.slots, f"{name}: {total} of {self.slots} slots accounted for"
         assert len(set(self.at.values())) == len(self.at), f"{name}: two chunks in one slot"
-        assert sum(self._taken.values()) == len(self.at) + self.reserved, f"{name}: quotas do not add up"
-        assert all(n >= 0 for n in self._taken.values()), f"{name}: a tenant owes slots"
-
-    def _quota(self, tenant: str) -> str:
-        return tenant if self._share < 1 else ""
+        if self._share < 1:
+            assert len(self._owner) == len(self.at) + self.reserved, f"{name}: a slot without an owner"
+            assert self._taken == Counter(self._owner.values()), f"{name}: quotas do not add up"
 
     def _full_share(self, tenant: str) -> bool:
         return self._share < 1 and self._taken.get(tenant, 0) >= max(1, int(self._share * self.slots))
 
-    def _count(self, tenant: str, n: int) -> None:
-        tenant = self._quota(tenant)
-        self._taken[tenant] = self._taken.get(tenant, 0) + n
-        if not self._taken[tenant]:  # tenants come and go; nothing is kept of one who has nothing here
-            del self._taken[tenant]
-            if tenant:
-                self._orders.pop(tenant, None)
-
-    def _order(self, tenant: str) -> Evictor:
-        tenant = self._quota(tenant)
-        if tenant not in self._orders:
-            self._orders[tenant] = self._new_order()
-        return self._orders[tenant]
+    def _order(self, slot: int) -> Evictor:
+        tenant = self._owner[slot] if self._share < 1 else ""
+        if (order := self._orders.get(tenant)) is None:
+            order = self._orders[tenant] = self._new_order()
+        return order
 
 
 class Backlog:

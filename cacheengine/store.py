@@ -183,7 +183,7 @@ class Store:
                 for tier in self.lower:
                     self._held.want_below(tier, [want.key])
             else:
-                self._held.shelves[HOST].release(slot, want.tenant)
+                self._held.shelves[HOST].release(slot)
             if i == kept and not ledger.void:  # what failed its read is not there, whatever the map says
                 ledger.suspect = want.key
 
@@ -194,7 +194,7 @@ class Store:
             if i < kept and held.adopt(want, now):
                 stored.append(want.key)
             else:
-                held.shelves[HOST].release(ledger.reserved[want.key], want.tenant)
+                held.shelves[HOST].release(ledger.reserved[want.key])
         for key in reversed(stored):  # deepest first: a prompt is given up from its end
             held.commit(HOST, key, ledger.reserved[key])
         for tier, backlog in held.backlog.items():
@@ -209,9 +209,9 @@ class Store:
             if i < kept and want.key in held.chunks:
                 held.commit(ledger.tier, want.key, slot)
             elif ledger.void and ledger.tier == DISK:
-                held.erasing[slot] = want.tenant
+                held.erasing.add(slot)
             else:
-                held.shelves[ledger.tier].release(slot, want.tenant)
+                held.shelves[ledger.tier].release(slot)
 
     # -- other changes -----------------------------------------------------------------------------
 
@@ -231,7 +231,7 @@ class Store:
             if slot < 0:
                 return
             if not held.adopt(want, self._clock()):  # also when making room took its prefix away
-                held.shelves[tier].release(slot, want.tenant)
+                held.shelves[tier].release(slot)
                 return
             held.commit(tier, want.key, slot)
 
@@ -278,7 +278,7 @@ class Store:
         on_disk = list(self._disk.values())
         for key in [key for key, chunk in held.chunks.items() if chunk.parent == NO_PARENT]:
             held.bury(key, erase=True)
-        return [*on_disk, *(held.erasing.keys() - set(on_disk))]
+        return [*on_disk, *(held.erasing - set(on_disk))]
 
     def to_erase(self) -> list[int]:
         """Disk slots that came free since clear() and must be made empty too."""

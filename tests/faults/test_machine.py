@@ -48,7 +48,7 @@ PROMPTS = (
     prompt(6, chunks=0, tail=40),
 )
 prompts = st.sampled_from(PROMPTS)
-SHARES = (1.0,)  # 0.5 joins when test_a_tenant_s_quota_survives_a_restart passes
+SHARES = (1.0, 0.5)
 
 
 class Faults(RuleBasedStateMachine):

@@ -478,10 +478,6 @@ def test_what_was_cleared_does_not_come_back_with_the_next_start(tmp_path, keep)
     assert [request.loaded for one in prompts for request in engine.serve(one)] == [0, 0, 0]
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    reason="Store.restore() gives every chunk to the tenant '', begin_load() reserves for the request's own",
-)
 def test_a_tenant_s_quota_survives_a_restart(tmp_path):
     engine = on_disk(tmp_path, SLOTS)
     engine.ask(prompt(1), salt="a")
