@@ -74,7 +74,7 @@ class Shelf:
                 self._order(slot).hit(key)
 
     def detach(self, key: ChunkKey) -> int:
-        """`key` is here no more, but its slot stays reserved: somebody may still read it.  -1: was not here."""
+        """`key` is here no more, but its slot stays reserved: somebody may still read it.  -1: it was not."""
         slot = self.at.pop(key, -1)
         if slot >= 0:
             self.reserved += 1

@@ -53,10 +53,10 @@ def test_pins_hold_and_clears_last_on_a_real_worker(start, cairn, valkey_module,
     warmed = cairn("warm", "--tokens", ids, "--worker", "w1", "--json")
     assert (warmed["computed_tokens"], warmed["stored_chunks"]) == (640, 5)
     cairn("pin", "--tokens", ids)
-    for other in others:  # 15 chunks through 10 slots
+    worker.settled("disk", 5)
+    for other in others:  # 15 chunks want the other 5 slots
         worker.complete(other, 4)
     assert row(ids)["host"] == 5
-    worker.settled("disk", 20)
 
     worker.kill()
     with valkey_module.client() as client:
