@@ -210,6 +210,10 @@ class Planner:
         for tier, tokens in request.declined.items():
             self.tally.add("cairn_engine_declined_tokens_total", tokens, tier)
 
+    def keys(self, req_id: str) -> Sequence[ChunkKey]:
+        """The keys of a live request's full chunks."""
+        return self._requests[req_id].chain.keys
+
     def end(self, req_id: str) -> None:
         self._requests.pop(req_id, None)
 

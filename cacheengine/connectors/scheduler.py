@@ -133,7 +133,7 @@ class SchedulerHalf:
             if self._device is not None:
                 for req_id in cached.resumed_req_ids:  # preempted meanwhile: it has other blocks
                     self._device.end(req_id)
-                self._device.step(scheduled, lambda req_id: self.planner._requests[req_id].chain.keys)
+                self._device.step(scheduled, self.planner.keys)
             self._publish()
         self._stirred = time.monotonic() if plans else self._stirred
         return StepPlans(plans, sum(item.new for item in scheduled if item.new > 1))
