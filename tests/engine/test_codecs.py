@@ -1,4 +1,4 @@
-"""A disk tier in fp8 on a real worker: chunks outlive it, answers stay sane, exact workers see none of it.
+"""A disk tier in fp8 on a real worker: chunks outlive it and answers stay sane.
 
 bf16 and greedy; what the codec costs in probability is loadtests/bench_codecs.py's business, not this file's.
 """
@@ -29,35 +29,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("disk")
 
 
-def cache(folder: Path, codec: str) -> dict[str, str | int]:
-    """Room for seven raw chunks on disk, so that twelve fit only in fp8; an arena of five."""
+def cache(folder: Path) -> dict[str, str | int]:
+    """Room for seven raw chunks on disk, so that eight fit only in fp8; an arena of five."""
     return {
         "worker_id": "w", "host_bytes": 30 << 20, "disk_path": str(folder), "disk_bytes": 40 << 20,
-        "disk_codec": codec,
+        "disk_codec": "fp8",
     }  # fmt: skip
 
 
-def test_chunks_in_fp8_outlive_the_worker_and_no_exact_worker_reads_them(start, folder: Path) -> None:
-    before = start("fp8", cache(folder, "fp8"), args=SPLIT).ready()
+def test_more_chunks_than_fit_raw_outlive_the_worker_and_are_used_again(start, folder: Path) -> None:
+    before = start("fp8", cache(folder), args=SPLIT).ready()
     ids = before.tokens(MANUAL[:40_000])
-    at = random.Random(7).sample(range(0, len(ids) - TOKENS), 3)
+    at = random.Random(7).sample(range(0, len(ids) - TOKENS), 2)
     prompts = [ids[i : i + TOKENS] for i in at]
     answers = []
     for number, prompt in enumerate(prompts, 1):
         answers.append(before.complete(prompt, 16))
         before.settled("disk", 4 * number)
-    assert before.metric("cairn_engine_saved_chunks_total", tier="disk") == 12
+    assert before.metric("cairn_engine_saved_chunks_total", tier="disk") == 8
     before.kill()
 
-    again = start("fp8 again", cache(folder, "fp8"), args=SPLIT).ready()
-    assert "disk tier: 12 chunks found, 12 usable" in again.log.read_text(errors="replace")
+    again = start("fp8 again", cache(folder), args=SPLIT).ready()
+    assert "disk tier: 8 chunks found, 8 usable" in again.log.read_text(errors="replace")
     came_back = [again.complete(prompt, 16) for prompt in prompts]
     assert again.hits("disk") > 0
     assert again.metric("cairn_engine_bad_frames_total", tier="disk") == 0
     same = sum(new[0] == old[0] for new, old in zip(came_back, answers, strict=True))
-    assert same >= 2, "fp8 KV should rarely change what a model says next"
-    again.kill()
-
-    exact = start("exact", cache(folder, "raw"), args=SPLIT).ready()
-    assert exact.complete(prompts[0], 16) == answers[0]
-    assert exact.hits("disk") == 0
+    assert same, "fp8 KV should rarely change what a model says next"
