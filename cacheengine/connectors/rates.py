@@ -2,8 +2,11 @@
 
 import time
 from collections.abc import Callable
+from typing import Literal
 
 from cacheengine.plan import HOST
+
+Load = Literal["quicker", "always"]
 
 _WEIGHT = 0.3  # of a new measurement
 _MIN_TOKENS = 64  # a shorter prefill says more of the step than of the rate
@@ -11,9 +14,11 @@ FRESH_SECONDS = 60.0  # an older bandwidth is tried again rather than believed
 
 
 class Rates:
-    """Prefill in tokens/s; reads in bytes/s of one rank, by tier (host: the scatter into the blocks)."""
+    """Prefill in tokens/s; reads in bytes/s of one rank, by tier (host: the scatter into the blocks).
+    `load="always"`: whatever was measured, loading costs nothing."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, load: Load = "quicker") -> None:
+        self._always = load == "always"
         self.prefill = 0.0
         self.read: dict[str, float] = {}
         self._when: dict[str, float] = {}
@@ -37,7 +42,9 @@ class Rates:
 
     def gain(self, tier: str, size: int, tokens: int) -> float:
         """Seconds saved by loading rather than computing `tokens` tokens of `size` bytes; below 0: lost."""
-        return tokens / self.prefill - self.load_seconds(tier, size) if self.prefill else 0.0
+        if self._always or not self.prefill:
+            return 0.0
+        return tokens / self.prefill - self.load_seconds(tier, size)
 
 
 def _blend(old: float, new: float) -> float:

@@ -79,7 +79,9 @@ class SchedulerHalf:
         probe = self._remote.ask if self._remote else nobody
         geometry = Geometry(layout.chunk_tokens, layout.payload_bytes, layout.block_tokens, self._ranks)
         demoter = Demoter(self.store, write_mode(config), config.admit, config.write_queue_chunks)
-        self.planner = Planner(layout.scheme, geometry, self.store, demoter, probe, patience, self._tally)
+        self.planner = Planner(
+            layout.scheme, geometry, self.store, demoter, probe, patience, self._tally, load=config.load
+        )
         self._live: dict[str, Request] = {}
         self._refused: set[str] = set()
         self._generation = ""  # a tag on every name once the cache was reset
