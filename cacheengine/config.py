@@ -164,7 +164,7 @@ class CacheConfig(Config):
         description="Which chunks go to the disk and Redis: all, or those used again since they were stored. "
         "second_hit spares a disk or a network that most prompts never read from.",
     )
-    load: Literal["quicker", "always"] = Field(
+    loading: Literal["quicker", "always"] = Field(
         "quicker",
         description="Whether a hit is loaded only as far as that is quicker than computing, by what was "
         "measured, or always. Leave it alone unless computing costs you more than time.",

@@ -173,7 +173,7 @@ class Lab:
             model=str(self.model.path), port=port, served_name="bench", dtype=self._dtype,
             max_model_len=MAX_MODEL_LEN, cores=cores(), redis_url=redis_url,
             # what a bench wants to time it must get, also where a noisy minute made a tier look slow
-            cache={"worker_url": f"http://127.0.0.1:{port}", "load": "always", **(cache or {})},
+            cache={"worker_url": f"http://127.0.0.1:{port}", "loading": "always", **(cache or {})},
             extra=("--max-num-seqs", "8", *args),
         )  # fmt: skip
         with httpx.Client(base_url=worker.url, timeout=_ANSWER_SECONDS, trust_env=False) as http:

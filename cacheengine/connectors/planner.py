@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cacheengine.connectors.demoter import Demoter
-from cacheengine.connectors.rates import Load, Rates
+from cacheengine.connectors.rates import Loading, Rates
 from cacheengine.keys import ChunkKey, KeyChain, KeyScheme
 from cacheengine.metrics import Tally
 from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS, SKIP, Move, Plan, Want
@@ -90,9 +90,9 @@ class Planner:
         patience_seconds: float,
         tally: Tally,
         clock: Callable[[], float] = time.monotonic,
-        load: Load = "quicker",
+        loading: Loading = "quicker",
     ) -> None:
-        self.store, self.tally, self.rates = store, tally, Rates(clock, load)
+        self.store, self.tally, self.rates = store, tally, Rates(clock, loading)
         self._scheme, self._geometry, self._demoter = scheme, geometry, demoter
         self._n, self._block = geometry.chunk_tokens, geometry.block_tokens
         self._per_chunk = self._n // self._block

@@ -6,7 +6,7 @@ from typing import Literal
 
 from cacheengine.plan import HOST
 
-Load = Literal["quicker", "always"]
+Loading = Literal["quicker", "always"]
 
 _WEIGHT = 0.3  # of a new measurement
 _MIN_TOKENS = 64  # a shorter prefill says more of the step than of the rate
@@ -15,10 +15,10 @@ FRESH_SECONDS = 60.0  # an older bandwidth is tried again rather than believed
 
 class Rates:
     """Prefill in tokens/s; reads in bytes/s of one rank, by tier (host: the scatter into the blocks).
-    `load="always"`: whatever was measured, loading costs nothing."""
+    `loading="always"`: whatever was measured, loading costs nothing."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, load: Load = "quicker") -> None:
-        self._always = load == "always"
+    def __init__(self, clock: Callable[[], float] = time.monotonic, loading: Loading = "quicker") -> None:
+        self._always = loading == "always"
         self.prefill = 0.0
         self.read: dict[str, float] = {}
         self._when: dict[str, float] = {}

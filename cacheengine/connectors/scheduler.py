@@ -80,7 +80,7 @@ class SchedulerHalf:
         geometry = Geometry(layout.chunk_tokens, layout.payload_bytes, layout.block_tokens, self._ranks)
         demoter = Demoter(self.store, write_mode(config), config.admit, config.write_queue_chunks)
         self.planner = Planner(
-            layout.scheme, geometry, self.store, demoter, probe, patience, self._tally, load=config.load
+            layout.scheme, geometry, self.store, demoter, probe, patience, self._tally, loading=config.loading
         )
         self._live: dict[str, Request] = {}
         self._refused: set[str] = set()

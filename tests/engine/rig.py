@@ -45,7 +45,7 @@ class Worker:
     ) -> None:
         port = free_port()
         if cache is not None:
-            ours = {"worker_id": f"w{port}", "worker_url": f"http://127.0.0.1:{port}", "load": "always"}
+            ours = {"worker_id": f"w{port}", "worker_url": f"http://127.0.0.1:{port}", "loading": "always"}
             cache = ours | cache  # a busy machine must not make a tier look slow
         spec = WorkerSpec(
             model=str(model), port=port, served_name="smol", max_model_len=4096, redis_url=redis_url,

@@ -26,12 +26,21 @@ class Clock:
 class Rig:
     """A planner with its seams in hand: the probe's answers, the clock, the ranks."""
 
-    def __init__(self, ranks: int = 1, write: str = "behind", admit: str = "always", **slots: int) -> None:
+    def __init__(
+        self,
+        ranks: int = 1,
+        write: str = "behind",
+        admit: str = "always",
+        loading: str = "quicker",
+        **slots: int,
+    ) -> None:
         self.asked, self.answers, self.clock, self.tally = [], [], Clock(), Tally()
         self.store = Store(slots or {HOST: 16}, CHUNK // BLOCK, clock=self.clock)
         geometry = Geometry(CHUNK, CHUNK * 100, BLOCK, ranks)
         demoter = Demoter(self.store, write, admit, queue=16)
-        self.planner = Planner(SCHEME, geometry, self.store, demoter, self.probe, 1.0, self.tally, self.clock)
+        self.planner = Planner(
+            SCHEME, geometry, self.store, demoter, self.probe, 1.0, self.tally, self.clock, loading
+        )
         self.ranks, self.blocks = ranks, 0
 
     def probe(self, keys):
@@ -217,6 +226,16 @@ def test_what_is_quicker_computed_is_not_loaded(bytes_per_second, hit):
     rig.clock.now = 61.0  # what was measured a minute ago is tried again
     rig.planner.begin("b", PROMPT, [])
     assert rig.planner.matched("b", PROMPT, 0) == 4 * CHUNK
+
+
+def test_who_wants_everything_loaded_gets_it():
+    rig = Rig(host=4, disk=16, loading="always")
+    rig.warm()
+    rig.warm([7] * 4 * CHUNK, "other")
+    rig.planner.rates.observe_prefill(1000, 1.0)
+    rig.planner.rates.observe_read(DISK, 1000, 1.0)
+    rig.planner.begin("a", PROMPT, [])
+    assert rig.planner.matched("a", PROMPT, 0) == 4 * CHUNK
 
 
 def test_a_slow_tier_is_crossed_for_what_lies_behind_it():
