@@ -62,6 +62,12 @@ METRICS = (
     ),
     Metric("cairn_engine_prefill_tokens_per_second", "gauge", "Measured speed of computing."),
     Metric("cairn_engine_breaker_open", "gauge", "1 while a tier's circuit breaker is open.", ("tier",)),
+    Metric(
+        "cairn_engine_backlog_chunks",
+        "gauge",
+        "Chunks of the host tier still to be written to a tier.",
+        ("tier",),
+    ),
     Metric("cairn_engine_used_chunks", "gauge", "Chunks a tier holds.", ("tier",)),
     Metric("cairn_engine_capacity_chunks", "gauge", "Chunks a tier can hold.", ("tier",)),
 )

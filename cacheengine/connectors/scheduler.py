@@ -227,6 +227,8 @@ class SchedulerHalf:
         for tier, rate in self.planner.rates.read.items():
             values["cairn_engine_read_bytes_per_second", (tier,)] = rate
         values["cairn_engine_prefill_tokens_per_second", ()] = self.planner.rates.prefill
+        for tier in self.store.lower:
+            values["cairn_engine_backlog_chunks", (tier,)] = self.store.backlog(tier)
         for tier, (used, capacity) in self.store.fill().items():
             values["cairn_engine_used_chunks", (tier,)] = used
             values["cairn_engine_capacity_chunks", (tier,)] = capacity

@@ -122,9 +122,9 @@ class Worker:
         return self.metric("cairn_engine_hit_tokens_total", tier=tier)
 
     def settled(self, tier: str, chunks: int, timeout: float = 60) -> None:
-        """Wait until `chunks` were written to a lower tier, or dropped and counted."""
+        """Wait until `chunks` were written to a lower tier, or dropped and counted, and none is waiting."""
         until = time.monotonic() + timeout
-        while (done := self._written(tier)) < chunks:
+        while (done := self._written(tier)) < chunks or self.metric("cairn_engine_backlog_chunks", tier=tier):
             assert time.monotonic() < until, f"{done} of {chunks} chunks written to {tier}"
             time.sleep(0.1)
 
