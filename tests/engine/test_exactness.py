@@ -1,7 +1,8 @@
 """The first law: with the cache, from any tier, after any restart, the same tokens as without it.
 
 float32: against plain vLLM with its own choice of batches.  bfloat16: rounding depends on how a prompt is
-split into steps, so both sides compute in steps of one chunk, which is where a loaded prefix ends too.
+split into steps, so both sides compute in steps of one block, which is where a loaded prefix ends too;
+that takes longer, so every other prompt must do.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +13,10 @@ import pytest
 from tests.engine.prompts import prompts
 from tests.engine.rig import Worker
 
-CHUNK = 256
+CHUNK, BLOCK = 256, 128
 SPLITS = {
     "float32": ("--dtype", "float32"),
-    "bfloat16": ("--dtype", "bfloat16", "--max-num-batched-tokens", str(CHUNK)),
+    "bfloat16": ("--dtype", "bfloat16", "--max-num-batched-tokens", str(BLOCK)),
 }
 Answers = dict[int, list[int]]  # by the number of the prompt
 
@@ -53,8 +54,9 @@ def story(request, start, valkey_module, tmp_path_factory) -> Story:
     first = start(
         "first", {**cache, "disk_path": str(disk), "worker_id": "first"}, core=1, args=no_device, **shared
     )
-    asked = dict(enumerate(prompts(plain.ready())))
-    told.lengths = [len(prompt) for prompt in asked.values()]
+    every = list(enumerate(prompts(plain.ready())))
+    told.lengths = [len(prompt) for _, prompt in every]
+    asked = dict(every[:: 1 if request.param == "float32" else 2])
     with ThreadPoolExecutor(2) as pool:
         reference = pool.submit(lambda: {i: plain.complete(prompt) for i, prompt in asked.items()})
         told.run("cold", first.ready(), asked)
@@ -99,7 +101,7 @@ def test_there_are_prompts_of_every_size(story):
 def test_the_same_tokens_as_without_a_cache(story, name, tier):
     wrong = [i for i, got in story.passes[name].items() if got != story.reference[i]]
     if (story.dtype, tier) == ("bfloat16", "device"):
-        wrong = []  # vLLM's own cache ends a hit at a block, not at a chunk: another split, other rounding
+        wrong = []  # vLLM's own cache may end a hit elsewhere: another split, other rounding
     assert wrong == [], f"prompts {wrong} (lengths {[story.lengths[i] for i in wrong]}) answered otherwise"
     if tier:  # and it did come from there
         loadable = sum((story.lengths[i] - 1) // CHUNK * CHUNK for i in story.passes[name])
