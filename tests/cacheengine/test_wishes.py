@@ -59,6 +59,33 @@ def pin(client: redis.Redis, *keys: ChunkKey) -> int:
     return make(client, HEX, "pin", keys, "me")[0]
 
 
+@pytest.fixture
+def limited(valkey: ValkeyServer, client: redis.Redis) -> Iterator[str]:
+    """A URL of the worker that docs/operations.md tells people to create."""
+    text = (Path(__file__).parents[2] / "docs/operations.md").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("ACL SETUSER cairn-worker "))
+    client.execute_command(*line.split())
+    yield f"redis://cairn-worker:PASSWORD@127.0.0.1:{valkey.port}"
+    client.execute_command("ACL DELUSER", "cairn-worker")
+
+
+def test_a_worker_with_the_documented_rights_obeys_and_tells_again(client, limited):
+    worker = Worker()
+    pin(client, *KEYS[:2])
+    with redis.Redis.from_url(limited) as mine:
+        assert worker.beat(mine)
+        client.flushdb()
+        worker.beat(mine)
+    assert worker.pins == wishes.read(client, HEX).pins == set(KEYS[:2])
+
+
+def test_a_starting_worker_with_the_documented_rights_hears_what_it_missed(client, limited):
+    worker = Worker()
+    make(client, HEX, "clear", (), "me")
+    worker.listener.start(limited)
+    assert worker.clears == 1
+
+
 def test_a_worker_that_heard_nothing_is_told_nothing(client):
     worker = Worker()
     assert not worker.beat(client)
