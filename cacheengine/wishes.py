@@ -146,23 +146,30 @@ class Listener:
         if model is None:
             client.hset(names_of(self._namespace)[0], "model", self._model)
         mine = self.obeyed
-        gone = found.pins_version == mine.pins_version and count != len(mine.pins)
+        same = found.pins_version == mine.pins_version
+        gone = same and count < len(mine.pins)
         if gone or found.pins_version < mine.pins_version or found.clear_epoch < mine.clear_epoch:
             self._tell_again(client)
-        if found[:2] == mine[:2]:
+        more = same and count > len(mine.pins)  # this worker read them while they were lost
+        if found[:2] == mine[:2] and not more:
             return False
-        return self._follow(read(client, self._namespace))
+        wish = read(client, self._namespace)
+        if wish == mine:  # more, and none of it a key
+            self._tell_again(client)
+        return self._follow(wish)
 
     def _follow(self, wish: Wish) -> bool:
         """Numbers only rise here: what a server that lost its memory says is not a wish."""
         mine = self.obeyed
         if wish.pins_version < mine.pins_version:
             wish = wish._replace(pins_version=mine.pins_version, pins=mine.pins)
+        elif wish.pins_version == mine.pins_version:  # where they differ, one of the two lost some
+            wish = wish._replace(pins=wish.pins | mine.pins)
         wish = wish._replace(clear_epoch=max(wish.clear_epoch, mine.clear_epoch))
-        if wish[:2] == mine[:2]:
+        if wish == mine:
             return False
         try:
-            self._obey(wish, mine)
+            self._obey(wish, mine if wish.pins == mine.pins else mine._replace(pins_version=0))
         except (OSError, CacheError, ConfigError) as exc:
             if wish != self._refused:  # said once, tried with every beat
                 log.warning("a wish could not be obeyed and is tried again: %s", exc)
@@ -170,7 +177,7 @@ class Listener:
             return False
         if wish.clear_epoch != mine.clear_epoch:
             log.info("cleared, as asked")
-        if wish.pins_version != mine.pins_version:
+        if wish.pins != mine.pins:
             log.info("%d chunks are pinned, as asked", len(wish.pins))
         self.obeyed = wish
         if self._note:

@@ -246,6 +246,17 @@ def test_pins_that_were_evicted_alone_are_told_again(client):
     assert wishes.read(client, HEX).pins == set(KEYS[:2])
 
 
+def test_a_worker_that_joins_while_the_pins_are_lost_does_not_lose_them_for_all(client):
+    old, new = Worker(), Worker()
+    pin(client, *KEYS[:2])
+    old.beat(client)
+    client.delete(names_of(HEX)[1])
+    new.beat(client)  # learns the number and no pins
+    old.beat(client)
+    new.beat(client)
+    assert old.pins == new.pins == wishes.read(client, HEX).pins == set(KEYS[:2])
+
+
 def test_of_two_workers_the_one_that_heard_last_is_believed(client):
     old, young = Worker(), Worker()
     pin(client, KEYS[0])
