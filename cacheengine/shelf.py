@@ -57,6 +57,10 @@ class Shelf:
                 del self._taken[tenant]
                 self._orders.pop(tenant, None)
 
+    def reserve_used(self) -> list[int]:
+        """Every free slot that may still hold what it held before."""
+        return [self.reserve("") for _ in range(len(self._returned))]
+
     def commit(self, key: ChunkKey, slot: int, depth: int) -> None:
         """A reserved slot now holds `key`.  Where another plan was quicker, the slot is given back."""
         if key in self.at:
@@ -89,12 +93,12 @@ class Shelf:
             most = sorted(self._orders, key=lambda name: self._taken.get(name, 0), reverse=True)
         return chain.from_iterable(self._orders[name].victims() for name in most if name in self._orders)
 
-    def restore(self, found: dict[ChunkKey, tuple[int, int]]) -> None:
+    def restore(self, found: dict[ChunkKey, tuple[int, int]], used: int) -> None:
         """REQUIRES an unused shelf: key → (slot, depth), parents first; these slots are taken already, and
-        whose they are nobody knows any more."""
+        whose they are nobody knows any more.  All that were used before are among the first `used`."""
         self.at.update((key, slot) for key, (slot, _) in found.items())
         taken = set(self.at.values())
-        self._untouched = max(taken, default=-1) + 1
+        self._untouched = used
         self._returned = [slot for slot in range(self._untouched - 1, -1, -1) if slot not in taken]
         if self._share < 1 and taken:
             self._owner, self._taken = dict.fromkeys(taken, ""), {"": len(taken)}

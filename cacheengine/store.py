@@ -239,9 +239,9 @@ class Store:
         """The tier was asked and does not hold `key` after all."""
         self._held.remove(tier, key)
 
-    def restore(self, tier: str, found: Mapping[int, Want]) -> int:
+    def restore(self, tier: str, found: Mapping[int, Want], used: Iterable[int] = ()) -> int:
         """Rebuild an unused shelf from what a restart found in its slots.  Chunks whose prefix is not there
-        are left out.  Returns how many were taken in."""
+        are left out.  `used`: slots that hold something else.  Returns how many were taken in."""
         held, now = self._held, self._clock()
         shelf = held.shelves[tier]
         children: dict[ChunkKey, list[int]] = {}
@@ -258,7 +258,7 @@ class Store:
                     held.mark(want.key)
                     later += children.get(want.key, [])
             wave = later
-        shelf.restore(taken)
+        shelf.restore(taken, 1 + max((slot for slot in (*found, *used) if slot < shelf.slots), default=-1))
         return len(taken)
 
     def set_pins(self, keys: Collection[ChunkKey]) -> None:
@@ -270,14 +270,16 @@ class Store:
         return sum(self.holds(key) for key in self._held.pins)
 
     def clear(self) -> list[int]:
-        """Forget everything, also what is under way.  Returns disk slots whose headers still say otherwise:
-        make them empty, then call erased()."""
+        """Forget everything, also what is under way.  Returns disk slots whose headers still say otherwise,
+        those of chunks forgotten earlier too: make them empty, then call erased()."""
         held = self._held
         for ledger in self._open.values():
             ledger.void = True
         on_disk = list(self._disk.values())
         for key in [key for key, chunk in held.chunks.items() if chunk.parent == NO_PARENT]:
             held.bury(key, erase=True)
+        if DISK in held.shelves:
+            held.erasing.update(held.shelves[DISK].reserve_used())
         return [*on_disk, *(held.erasing - set(on_disk))]
 
     def to_erase(self) -> list[int]:

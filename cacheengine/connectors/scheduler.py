@@ -314,6 +314,7 @@ class SchedulerHalf:
         """A restart is warm: take in every chunk that all ranks hold in the same slot."""
         config, layout = self._config, self._layout
         found: dict[int, Want] = {}
+        used: set[int] = set()
         for rank in range(self._ranks):
             headers = scan(
                 disk_folders(config),
@@ -333,8 +334,9 @@ class SchedulerHalf:
                 )
                 for slot, info in headers.items()
             }
+            used |= here.keys()
             found = here if rank == 0 else {s: v for s, v in found.items() if here.get(s) == v}
-        taken = self.store.restore(DISK, found)
+        taken = self.store.restore(DISK, found, used)
         logger.info("disk tier: %d chunks found, %d usable", len(found), taken)
 
 

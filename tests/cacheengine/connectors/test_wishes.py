@@ -137,6 +137,35 @@ def test_a_restart_after_a_clear_is_warm_with_what_came_later(begin, valkey):
     assert len(begin().half.store.inventory()) == 4
 
 
+def test_what_was_forgotten_before_a_clear_does_not_come_back_after_it(begin, valkey):
+    life = begin()
+    life.save()
+    life.demote(life.begin_demote())
+    with life.half._lock:
+        life.half.store.expire(float("inf"))  # starts a round …
+        life.half.store.expire(float("inf"))
+    assert (life.half.store.inventory(), life.on_disk()) == ([], set(KEYS))
+    number = say(valkey, "clear")
+    wait_until(lambda: life.half._wishes.obeyed.clear_epoch == number)
+    assert life.on_disk() == set()
+    life.check()
+
+
+def test_what_a_start_could_not_use_is_cleared_too(begin, valkey):
+    life = begin()
+    life.save()
+    life.demote(life.begin_demote())
+    (first,) = (slot for slot, info in scan(*life.where, 0, 1).items() if info.key == KEYS[0])
+    life.disk.drop([Ref(KEYS[0], first)])
+    life.end()
+    again = begin()
+    assert (again.half.store.inventory(), again.on_disk()) == ([], set(KEYS[1:]))
+    number = say(valkey, "clear")
+    wait_until(lambda: again.half._wishes.obeyed.clear_epoch == number)
+    assert again.on_disk() == set()
+    again.check()
+
+
 def test_what_was_being_written_during_a_clear_does_not_stay_on_disk(begin, valkey):
     life = begin()
     life.save()
