@@ -100,7 +100,7 @@ def redis_tier(config: CacheConfig, layout: KVLayout, model: str, rank: int, wor
         worker_id(config),
         config.redis_ttl_seconds,
         config.redis_timeout_ms,
-        connections=config.io_threads,
+        connections=config.io_threads + 1,  # loaders and one writer
         codec=config.redis_codec,
     )
 
