@@ -126,7 +126,10 @@ class Holdings:
             chunk.leases -= 1
             if not chunk.leases:
                 for tier, slot in chunk.limbo:
-                    self.shelves[tier].release(slot)
+                    if chunk.erase and tier == DISK:
+                        self.erasing.add(slot)
+                    else:
+                        self.shelves[tier].release(slot)
                 chunk.limbo.clear()
 
     def use(self, key: ChunkKey, now: float) -> None:
@@ -201,6 +204,7 @@ class Holdings:
         slot = shelf.detach(key)
         if chunk.leases:
             chunk.limbo.append((tier, slot))
+            chunk.erase = erase
         elif erase and tier == DISK:
             self.erasing.add(slot)
         else:

@@ -167,6 +167,7 @@ class Chunk:
     leases: int = 0
     children: set[ChunkKey] = field(default_factory=set)
     limbo: list[tuple[str, int]] = field(default_factory=list)  # (tier, slot) to free with the last lease
+    erase: bool = False  # cleared: what is in limbo on disk must be empty before it is free
 
 
 @dataclass(slots=True)

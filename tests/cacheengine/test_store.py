@@ -249,6 +249,16 @@ def test_clear_forgets_everything_and_keeps_what_is_read_still_until_it_was_read
     store.check()
 
 
+def test_a_slot_that_was_read_during_a_clear_is_given_to_nobody_before_it_is_empty():
+    store = Store({HOST: 8, DISK: 8})
+    save(store, TRUNK[:2])
+    plan = store.begin_load("r", TRUNK[:2], NOTHING)
+    slots = store.clear()
+    store.settle(plan.id, 2)
+    assert sorted(store.to_erase()) == sorted(slots)
+    store.check()
+
+
 def test_clear_voids_what_is_under_way_and_names_the_disk_slots_it_wrote():
     store = Store({HOST: 8, DISK: 8})
     saving = store.begin_save("r", TRUNK[:2])
