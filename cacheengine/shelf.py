@@ -182,3 +182,4 @@ class Ledger:
     leased: list[Chunk] = field(default_factory=list)
     suspect: ChunkKey | None = None  # the chunk whose read failed
     void: bool = False  # the cache was cleared meanwhile: whatever arrives is not kept
+    erase: bool = False  # nor may it stay on disk

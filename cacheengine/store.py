@@ -208,7 +208,7 @@ class Store:
             slot = ledger.reserved[want.key]
             if i < kept and want.key in held.chunks:
                 held.commit(ledger.tier, want.key, slot)
-            elif ledger.void and ledger.tier == DISK:
+            elif ledger.erase and ledger.tier == DISK:
                 held.erasing.add(slot)
             else:
                 held.shelves[ledger.tier].release(slot)
@@ -269,16 +269,19 @@ class Store:
         """Pinned chunks that are here."""
         return sum(self.holds(key) for key in self._held.pins)
 
-    def clear(self) -> list[int]:
+    def clear(self, erase: bool = True) -> list[int]:
         """Forget everything, also what is under way.  Returns disk slots whose headers still say otherwise,
-        those of chunks forgotten earlier too: make them empty, then call erased()."""
+        those of chunks forgotten earlier too: make them empty, then call erased().
+
+        Without `erase` no header matters, and only slots that await their erasure already are kept back.
+        """
         held = self._held
         for ledger in self._open.values():
-            ledger.void = True
-        on_disk = list(self._disk.values())
+            ledger.void, ledger.erase = True, ledger.erase or erase
+        on_disk = list(self._disk.values()) if erase else []
         for key in [key for key, chunk in held.chunks.items() if chunk.parent == NO_PARENT]:
-            held.bury(key, erase=True)
-        if DISK in held.shelves:
+            held.bury(key, erase)
+        if erase and DISK in held.shelves:
             held.erasing.update(held.shelves[DISK].reserve_used())
         return [*on_disk, *(held.erasing - set(on_disk))]
 

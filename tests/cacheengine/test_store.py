@@ -249,6 +249,19 @@ def test_clear_forgets_everything_and_keeps_what_is_read_still_until_it_was_read
     store.check()
 
 
+def test_a_clear_that_need_not_erase_keeps_no_slot_back():
+    store = Store({HOST: 8, DISK: 8})
+    save(store, TRUNK[:2])
+    loading = store.begin_load("r", TRUNK[:2], NOTHING)
+    store.settle(store.begin_save("s", OTHER[:2]).id, 2)
+    writing = store.begin_demote(DISK, 2)
+    store.clear(erase=False)
+    store.settle(loading.id, 2)
+    store.settle(writing.id, 2)
+    assert (store.to_erase(), store.fill()) == ([], {HOST: (0, 8), DISK: (0, 8)})
+    store.check()
+
+
 def test_a_slot_that_was_read_during_a_clear_is_given_to_nobody_before_it_is_empty():
     store = Store({HOST: 8, DISK: 8})
     save(store, TRUNK[:2])
