@@ -153,7 +153,8 @@ class PeerLab(Lab):
                 with self._running(spec) as child:
                     yield Daemon(child, port, http)
             finally:
-                Path("/dev/shm", shared).unlink(missing_ok=True)  # kill -9 leaves it behind
+                for left in Path("/dev/shm").glob(f"*{shared}"):  # kill -9 leaves its memory behind
+                    left.unlink()
 
 
 def daemon_command(
