@@ -29,6 +29,7 @@ class Holdings:
         self.chunks: dict[ChunkKey, Chunk] = {}
         self.backlog = {tier: Backlog() for tier in LOWER if tier in slots}
         self.pins: frozenset[ChunkKey] = frozenset()
+        self.kept: set[ChunkKey] = set()  # pinned chunks that are here, and all before them
         self.erasing: set[int] = set()  # disk slots whose headers must go before they are used again
         self.evicted = dict.fromkeys(slots, 0)
         self.unwritten = dict.fromkeys(self.backlog, 0)  # chunks that left the host before they got there
@@ -54,6 +55,8 @@ class Holdings:
             parent.children.add(want.key)
             depth = parent.depth + 1
         self.chunks[want.key] = Chunk(want.parent, want.root, want.size, depth, want.tenant, now)
+        if want.key in self.pins:
+            self._keep(want.key)
         return True
 
     def commit(self, tier: str, key: ChunkKey, slot: int) -> None:
@@ -142,6 +145,12 @@ class Holdings:
         for tier in self.backlog:
             self.want_below(tier, reversed(path))
 
+    def keep_pinned(self) -> None:
+        """Note anew which chunks pins stand on."""
+        self.kept.clear()
+        for key in self.chunks.keys() & self.pins:
+            self._keep(key)
+
     def want_below(self, tier: str, keys: Iterable[ChunkKey]) -> None:
         """These chunks have proved useful: write those of the host tier down that are not there."""
         host, there = self.at(HOST), self.at(tier)
@@ -184,6 +193,11 @@ class Holdings:
             assert chunk.leases or not chunk.limbo, "a slot nobody will free"
             assert chunk.parent == NO_PARENT or chunk.parent in self.chunks, "a gap in a prefix"
             assert all(self.chunks[child].parent == key for child in chunk.children), "a child that left"
+
+    def _keep(self, key: ChunkKey) -> None:
+        while key not in self.kept and (chunk := self.chunks.get(key)) is not None:
+            self.kept.add(key)
+            key = chunk.parent
 
     def _leaf(self, tier: str, key: ChunkKey) -> ChunkKey:
         """The end of a path of this shelf's chunks that starts with `key`.  The path is kept: the next

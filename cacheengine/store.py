@@ -264,6 +264,7 @@ class Store:
     def set_pins(self, keys: Collection[ChunkKey]) -> None:
         """Exactly these chunks, held now or later, are never evicted."""
         self._held.pins = frozenset(keys)
+        self._held.keep_pinned()
 
     def pinned(self) -> int:
         """Pinned chunks that are here."""
@@ -292,14 +293,11 @@ class Store:
         for _ in range(limit):
             key = next(self._sweep, None)
             if key is None:
-                for pin in self._held.pins:
-                    self._held.use(
-                        pin, self._clock()
-                    )  # and all before it, or a pin would end with its prefix
+                self._held.keep_pinned()
                 self._sweep = iter(list(self._held.chunks))
                 return
             chunk = self._held.chunks.get(key)
-            if chunk and chunk.used < before and not chunk.leases and key not in self._held.pins:
+            if chunk and chunk.used < before and not chunk.leases and key not in self._held.kept:
                 self._held.bury(key)
 
     def drain_changes(self) -> list[Change]:

@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from cacheengine.evict import LRU
 from cacheengine.keys import ChunkKey, KeyScheme, Namespace
 from cacheengine.plan import DISK, GONE, HOST, NO_PARENT, REDIS, Plan, Want
 from cacheengine.store import Store
@@ -357,6 +358,44 @@ def test_ten_thousand_random_steps_keep_the_books(seed):
     for plan in open_plans:
         store.settle(plan.id, 0)
     store.check()
+
+
+class Looks(LRU):
+    """Counts what is asked of it."""
+
+    uses = 0
+
+    def hit(self, key):
+        Looks.uses += 1
+        super().hit(key)
+
+
+def test_what_a_pin_stands_on_outlives_an_idle_hour_in_the_middle_of_a_sweep():
+    now = [0.0]
+    store = Store({HOST: 16}, clock=lambda: now[0])
+    store.set_pins({TRUNK[3].key})
+    save(store, TRUNK[:3])
+    store.expire(before=-1.0)
+    store.expire(before=-1.0, limit=1)
+    save(store, TRUNK[3:5])
+    now[0] = 3600.0
+    for _ in range(3):
+        store.expire(before=3000.0)
+    assert depth(store, TRUNK) == 4
+    store.check()
+
+
+def test_expiry_costs_pins_no_more_than_their_number():
+    """One pass over the tree of prompts: walking up from every pin would be its square, in one step."""
+    store = Store({HOST: 400}, evictor=Looks, clock=lambda: 100.0)
+    prompt = chain([5] * 16 * 400)
+    save(store, prompt)
+    store.set_pins({want.key for want in prompt})
+    Looks.uses = 0
+    for _ in range(20):
+        store.expire(before=1000.0)
+    assert depth(store, prompt) == 400
+    assert Looks.uses <= 400
 
 
 def test_a_slot_that_somebody_else_still_reads_is_not_given_away():
