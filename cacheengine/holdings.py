@@ -75,13 +75,17 @@ class Holdings:
         """
         shelf = self.shelves[tier]
         if not shelf.has_room(tenant):
+            barred: set[ChunkKey] = set()  # what stands before a chunk that must stay: never walked twice
             for key in shelf.victims(tenant):
-                leaf = self._leaf(tier, key)
+                leaf = self._leaf(tier, key, barred) if key not in barred else None
+                if leaf is None:
+                    continue
                 if not self.chunks[leaf].leases and leaf not in self.pins and leaf not in spare:
                     self.evicted[tier] += 1
                     self._trails[tier].pop()
                     self.remove(tier, leaf)
                     break
+                barred.update(self._trails[tier])
         return shelf.reserve(tenant) if shelf.has_room(tenant) else -1
 
     def remove(self, tier: str, key: ChunkKey) -> None:
@@ -199,15 +203,22 @@ class Holdings:
             self.kept.add(key)
             key = chunk.parent
 
-    def _leaf(self, tier: str, key: ChunkKey) -> ChunkKey:
-        """The end of a path of this shelf's chunks that starts with `key`.  The path is kept: the next
-        victim is likely the chunk before this one."""
+    def _leaf(self, tier: str, key: ChunkKey, barred: set[ChunkKey]) -> ChunkKey | None:
+        """The end of a path of this shelf's chunks that starts with `key`; None where each ends in `barred`.
+        The path is kept: the next victim is likely the chunk before this one."""
         at, trail = self.shelves[tier].at, self._trails[tier]
         if not trail or trail[0] != key or trail[-1] not in at:
             trail[:] = [key]
-        while (below := next((c for c in self.chunks[trail[-1]].children if c in at), None)) is not None:
-            trail.append(below)
-        return trail[-1]
+        while True:
+            children = self.chunks[trail[-1]].children
+            below = next((c for c in children if c in at and c not in barred), None)
+            if below is not None:
+                trail.append(below)
+            elif barred.isdisjoint(children):
+                return trail[-1]
+            else:
+                barred.update(trail)
+                return None
 
     def _take(self, tier: str, key: ChunkKey, chunk: Chunk, erase: bool = False) -> None:
         """Off one shelf; the slot is free when nobody reads it any more."""

@@ -280,6 +280,39 @@ def test_a_pinned_prompt_outlives_any_pressure_until_it_is_unpinned():
     store.check()
 
 
+class Counting(dict):
+    looks = 0
+
+    def __contains__(self, key):
+        Counting.looks += 1
+        return super().__contains__(key)
+
+
+def test_a_tier_full_of_pins_says_so_in_one_pass():
+    """Every step of every request asks again; a walk to the leaf from every chunk would be a square."""
+    store = Store({HOST: 400})
+    prompt = chain([5] * 16 * 400)
+    save(store, prompt)
+    store.set_pins({want.key for want in prompt})
+    shelf = store._held.shelves[HOST]
+    shelf.at = Counting(shelf.at)
+    Counting.looks = 0
+    assert store.begin_save("r", OTHER[:1]) is None
+    assert Counting.looks <= 3 * 400
+    store.set_pins({want.key for want in prompt[:399]})
+    assert store.begin_save("r", OTHER[:1]) is not None
+
+
+def test_beside_a_pinned_branch_another_is_given_up():
+    store = Store({HOST: 8})
+    save(store, TRUNK[:5])
+    save(store, FORK[:6])
+    store.set_pins({TRUNK[4].key})
+    save(store, OTHER[:3])
+    assert (depth(store, TRUNK), depth(store, FORK), depth(store, OTHER)) == (5, 3, 3)
+    store.check()
+
+
 def test_a_tenant_beyond_its_share_makes_room_among_its_own():
     store = Store({HOST: 8}, share=0.5)
     quiet, loud = chain([1] * 16 * 3, "quiet"), [chain([5 + i] * 16 * 2, "loud") for i in range(9)]
