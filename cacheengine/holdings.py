@@ -133,7 +133,7 @@ class Holdings:
             chunk.leases -= 1
             if not chunk.leases:
                 for tier, slot in chunk.limbo:
-                    self.shelves[tier].release(slot)
+                    self.vacate(tier, slot, chunk.erase)
                 chunk.limbo.clear()
 
     def use(self, key: ChunkKey, now: float) -> None:
@@ -159,6 +159,18 @@ class Holdings:
         """These chunks have proved useful: write those of the host tier down that are not there."""
         host, there = self.at(HOST), self.at(tier)
         self.backlog[tier].warm(key for key in keys if key in host and key not in there)
+
+    def vacate(self, tier: str, slot: int, erase: bool) -> None:
+        """A reserved slot is free, or, with `erase` on disk, will be once it was made empty."""
+        if erase and tier == DISK:
+            self.erasing.add(slot)
+        else:
+            self.shelves[tier].release(slot)
+
+    def erase_free(self) -> None:
+        """What left the disk tier before is still in its slots, for the next start to find: not any more."""
+        if DISK in self.shelves:
+            self.erasing.update(self.shelves[DISK].reserve_used())
 
     def erased(self, slots: Collection[int]) -> None:
         """These disk slots hold nothing any more, whoever looks."""
@@ -226,10 +238,8 @@ class Holdings:
         slot = shelf.detach(key)
         if chunk.leases:
             chunk.limbo.append((tier, slot))
-        elif erase and tier == DISK:
-            self.erasing.add(slot)
         else:
-            shelf.release(slot)
+            self.vacate(tier, slot, erase)
         if tier == HOST:
             for lower, backlog in self.backlog.items():
                 self.unwritten[lower] += backlog.drop(key)

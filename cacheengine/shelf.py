@@ -89,17 +89,22 @@ class Shelf:
             most = sorted(self._orders, key=lambda name: self._taken.get(name, 0), reverse=True)
         return chain.from_iterable(self._orders[name].victims() for name in most if name in self._orders)
 
-    def restore(self, found: dict[ChunkKey, tuple[int, int]]) -> None:
+    def restore(self, found: dict[ChunkKey, tuple[int, int]], used: int) -> None:
         """REQUIRES an unused shelf: key → (slot, depth), parents first; these slots are taken already, and
-        whose they are nobody knows any more."""
+        of the first `used` the others hold something too, though nothing that can be found.
+        Whose they are nobody knows any more."""
         self.at.update((key, slot) for key, (slot, _) in found.items())
         taken = set(self.at.values())
-        self._untouched = max(taken, default=-1) + 1
+        self._untouched = used
         self._returned = [slot for slot in range(self._untouched - 1, -1, -1) if slot not in taken]
         if self._share < 1 and taken:
             self._owner, self._taken = dict.fromkeys(taken, ""), {"": len(taken)}
         for key, (slot, depth) in reversed(found.items()):
             self._order(slot).add(key, depth)
+
+    def reserve_used(self) -> list[int]:
+        """Reserve every free slot that ever held something: its bytes are still there."""
+        return [self.reserve("") for _ in range(len(self._returned))]
 
     def check(self, name: str) -> None:
         total = self.free + len(self.at) + self.reserved
@@ -163,6 +168,7 @@ class Chunk:
     leases: int = 0
     children: set[ChunkKey] = field(default_factory=set)
     limbo: list[tuple[str, int]] = field(default_factory=list)  # (tier, slot) to free with the last lease
+    erase: bool = False  # and to be emptied before that, on disk
 
 
 @dataclass(slots=True)
@@ -177,3 +183,4 @@ class Ledger:
     leased: list[Chunk] = field(default_factory=list)
     suspect: ChunkKey | None = None  # the chunk whose read failed
     void: bool = False  # the cache was cleared meanwhile: whatever arrives is not kept
+    erase: bool = False  # nor may a restart find it

@@ -208,10 +208,8 @@ class Store:
             slot = ledger.reserved[want.key]
             if i < kept and want.key in held.chunks:
                 held.commit(ledger.tier, want.key, slot)
-            elif ledger.void and ledger.tier == DISK:
-                held.erasing.add(slot)
             else:
-                held.shelves[ledger.tier].release(slot)
+                held.vacate(ledger.tier, slot, ledger.erase)
 
     # -- other changes -----------------------------------------------------------------------------
 
@@ -258,7 +256,8 @@ class Store:
                     held.mark(want.key)
                     later += children.get(want.key, [])
             wave = later
-        shelf.restore(taken)
+        used = max((slot for slot in found if slot < shelf.slots), default=-1) + 1
+        shelf.restore(taken, used)
         return len(taken)
 
     def set_pins(self, keys: Collection[ChunkKey]) -> None:
@@ -270,19 +269,24 @@ class Store:
         """Pinned chunks that are here."""
         return sum(self.holds(key) for key in self._held.pins)
 
-    def clear(self) -> list[int]:
-        """Forget everything, also what is under way.  Returns disk slots whose headers still say otherwise:
-        make them empty, then call erased()."""
+    def clear(self, erase: bool = True) -> list[int]:
+        """Forget everything, also what is under way.  With `erase`, what is on disk must not come back with
+        the next start: returns disk slots whose headers still say otherwise.  Make them empty, then call
+        erased(); nobody is given them before."""
         held = self._held
         for ledger in self._open.values():
-            ledger.void = True
-        on_disk = list(self._disk.values())
+            ledger.void, ledger.erase = True, ledger.erase or erase
+            for chunk in ledger.leased:
+                chunk.erase = chunk.erase or erase
+        read = list(self._disk.values()) if erase else []  # some may be in use and be named again later
         for key in [key for key, chunk in held.chunks.items() if chunk.parent == NO_PARENT]:
-            held.bury(key, erase=True)
-        return [*on_disk, *(held.erasing - set(on_disk))]
+            held.bury(key, erase)
+        if erase:
+            held.erase_free()
+        return [*read, *(held.erasing - set(read))]
 
     def to_erase(self) -> list[int]:
-        """Disk slots that came free since clear() and must be made empty too."""
+        """Disk slots that must be made empty: also those that came free since clear()."""
         return list(self._held.erasing)
 
     def erased(self, slots: Collection[int]) -> None:

@@ -171,9 +171,7 @@ class SchedulerHalf:
         for req_id in list(self._live):
             self.end(req_id)
         with self._lock:
-            wished = self.store.to_erase()  # a clear that people wished for is not over before they are empty
-            # of all others the headers may stay: nobody can ask for those names
-            self.store.erased(set(self.store.clear()).difference(wished))
+            self.store.clear(erase=False)  # the headers may stay: nobody here can ask for those names
             if self._device is not None:
                 self._device.clear()
             self._publish()

@@ -266,6 +266,55 @@ def test_clear_voids_what_is_under_way_and_names_the_disk_slots_it_wrote():
     store.check()
 
 
+def test_clear_also_empties_slots_of_what_had_left_before():
+    """Their headers are as they were, and a restart believes headers."""
+    store = Store({HOST: 8, DISK: 8})
+    save(store, TRUNK[:3])
+    store.unlearn(TRUNK[1].key, HOST)
+    store.unlearn(TRUNK[1].key, DISK)  # and what stood behind it
+    assert store.fill()[DISK] == (1, 8)
+    slots = store.clear()
+    assert sorted(slots) == [0, 1, 2]
+    store.erased(slots)
+    store.check()
+
+
+def test_clear_also_empties_what_a_restart_could_not_reach():
+    store = Store({HOST: 2, DISK: 8})
+    store.restore(DISK, {5: TRUNK[0], 7: TRUNK[3]})
+    assert {5, 7} <= set(store.clear())
+    store.check()
+
+
+def test_a_cleared_slot_that_is_read_still_is_given_to_nobody_before_it_is_empty():
+    store = Store({HOST: 4, DISK: 2})
+    save(store, TRUNK[:2])
+    drop_from_host(store, TRUNK[1])
+    plan = store.begin_load("r", TRUNK[:2], NOTHING)
+    slots = store.clear()
+    store.settle(plan.id, 2)  # before the disk was told
+    store.settle(store.begin_save("s", OTHER[:2]).id, 2)
+    assert store.begin_demote(DISK, 2) is None
+    store.erased(slots)
+    store.erased(store.to_erase())
+    store.check()
+    assert store.fill()[DISK] == (0, 2)
+    store.settle(store.begin_save("s", FORK[:2]).id, 2)
+    assert len(store.begin_demote(DISK, 2).moves) == 2
+
+
+def test_clear_without_erasing_keeps_no_slot_back():
+    store = Store({HOST: 8, DISK: 4})
+    store.settle(store.begin_save("r", TRUNK[:3]).id, 3)
+    writing = store.begin_demote(DISK, 3)
+    store.clear(erase=False)
+    store.settle(writing.id, 3)
+    assert store.to_erase() == []
+    save(store, OTHER[:4])
+    assert store.fill()[DISK] == (4, 4)
+    store.check()
+
+
 def test_a_pinned_prompt_outlives_any_pressure_until_it_is_unpinned():
     store = Store({HOST: 4})
     store.set_pins({want.key for want in TRUNK[:2]})
@@ -491,6 +540,7 @@ class Slots(RuleBasedStateMachine):
         if self.open:
             plan = self.open.pop(i % len(self.open))
             self.store.settle(plan.id, len(plan.moves) if ok else 0)
+            self.store.erased(self.store.to_erase())
 
     @invariant()
     def one_key_a_slot(self):
