@@ -155,6 +155,12 @@ class Holdings:
         for key in self.chunks.keys() & self.pins:
             self._keep(key)
 
+    def refresh(self, key: ChunkKey, now: float) -> None:
+        """Something was put behind `key`: it and all before it do not expire first."""
+        while (chunk := self.chunks.get(key)) is not None:
+            chunk.used = now
+            key = chunk.parent
+
     def want_below(self, tier: str, keys: Iterable[ChunkKey]) -> None:
         """These chunks have proved useful: write those of the host tier down that are not there."""
         host, there = self.at(HOST), self.at(tier)

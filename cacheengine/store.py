@@ -195,6 +195,8 @@ class Store:
                 stored.append(want.key)
             else:
                 held.shelves[HOST].release(ledger.reserved[want.key])
+        if stored:
+            held.refresh(held.chunks[stored[0]].parent, now)
         for key in reversed(stored):  # deepest first: a prompt is given up from its end
             held.commit(HOST, key, ledger.reserved[key])
         for tier, backlog in held.backlog.items():

@@ -452,6 +452,22 @@ class Looks(LRU):
         super().hit(key)
 
 
+def test_what_a_long_answer_goes_on_from_does_not_expire_under_it():
+    now = [0.0]
+    store = Store({HOST: 16}, clock=lambda: now[0])
+    for n in range(1, 5):
+        now[0] = 40.0 * n
+        assert store.begin_save("r", TRUNK[:n]) is not None
+        store.settle(n, 1)
+        for _ in range(3):
+            store.expire(before=now[0] - 60.0)
+    assert depth(store, TRUNK) == 4
+    now[0] = 300.0
+    for _ in range(3):
+        store.expire(before=240.0)
+    assert depth(store, TRUNK) == 0
+
+
 def test_what_a_pin_stands_on_outlives_an_idle_hour_in_the_middle_of_a_sweep():
     now = [0.0]
     store = Store({HOST: 16}, clock=lambda: now[0])
