@@ -184,7 +184,8 @@ class CacheConfig(Config):
         0,
         ge=0,
         description="Chunks unused for so many seconds leave the host and disk tiers; 0 keeps them until "
-        "room is needed. Redis has its own, redis_ttl_seconds.",
+        "room is needed. A restart counts anew, for everything on disk that was not overwritten; what must "
+        "not come back is cleared (`cairn clear`). Redis has its own, redis_ttl_seconds.",
     )
     index_ttl_seconds: Positive = Field(
         1800, description="Expiry of a chunk's index entry in seconds; re-announced before that."

@@ -29,6 +29,7 @@ class Holdings:
         self.chunks: dict[ChunkKey, Chunk] = {}
         self.backlog = {tier: Backlog() for tier in LOWER if tier in slots}
         self.pins: frozenset[ChunkKey] = frozenset()
+        self.kept: set[ChunkKey] = set()  # pinned chunks that are here, and all before them
         self.erasing: set[int] = set()  # disk slots whose headers must go before they are used again
         self.evicted = dict.fromkeys(slots, 0)
         self.unwritten = dict.fromkeys(self.backlog, 0)  # chunks that left the host before they got there
@@ -54,6 +55,8 @@ class Holdings:
             parent.children.add(want.key)
             depth = parent.depth + 1
         self.chunks[want.key] = Chunk(want.parent, want.root, want.size, depth, want.tenant, now)
+        if want.key in self.pins:
+            self._keep(want.key)
         return True
 
     def commit(self, tier: str, key: ChunkKey, slot: int) -> None:
@@ -72,13 +75,17 @@ class Holdings:
         """
         shelf = self.shelves[tier]
         if not shelf.has_room(tenant):
+            barred: set[ChunkKey] = set()  # what stands before a chunk that must stay: never walked twice
             for key in shelf.victims(tenant):
-                leaf = self._leaf(tier, key)
+                leaf = self._leaf(tier, key, barred) if key not in barred else None
+                if leaf is None:
+                    continue
                 if not self.chunks[leaf].leases and leaf not in self.pins and leaf not in spare:
                     self.evicted[tier] += 1
                     self._trails[tier].pop()
                     self.remove(tier, leaf)
                     break
+                barred.update(self._trails[tier])
         return shelf.reserve(tenant) if shelf.has_room(tenant) else -1
 
     def remove(self, tier: str, key: ChunkKey) -> None:
@@ -126,10 +133,7 @@ class Holdings:
             chunk.leases -= 1
             if not chunk.leases:
                 for tier, slot in chunk.limbo:
-                    if chunk.erase and tier == DISK:
-                        self.erasing.add(slot)
-                    else:
-                        self.shelves[tier].release(slot)
+                    self.vacate(tier, slot, chunk.erase)
                 chunk.limbo.clear()
 
     def use(self, key: ChunkKey, now: float) -> None:
@@ -145,10 +149,34 @@ class Holdings:
         for tier in self.backlog:
             self.want_below(tier, reversed(path))
 
+    def keep_pinned(self) -> None:
+        """Note anew which chunks pins stand on."""
+        self.kept.clear()
+        for key in self.chunks.keys() & self.pins:
+            self._keep(key)
+
+    def refresh(self, key: ChunkKey, now: float) -> None:
+        """Something was put behind `key`: it and all before it do not expire first."""
+        while (chunk := self.chunks.get(key)) is not None:
+            chunk.used = now
+            key = chunk.parent
+
     def want_below(self, tier: str, keys: Iterable[ChunkKey]) -> None:
         """These chunks have proved useful: write those of the host tier down that are not there."""
         host, there = self.at(HOST), self.at(tier)
         self.backlog[tier].warm(key for key in keys if key in host and key not in there)
+
+    def vacate(self, tier: str, slot: int, erase: bool) -> None:
+        """A reserved slot is free, or, with `erase` on disk, will be once it was made empty."""
+        if erase and tier == DISK:
+            self.erasing.add(slot)
+        else:
+            self.shelves[tier].release(slot)
+
+    def erase_free(self) -> None:
+        """What left the disk tier before is still in its slots, for the next start to find: not any more."""
+        if DISK in self.shelves:
+            self.erasing.update(self.shelves[DISK].reserve_used())
 
     def erased(self, slots: Collection[int]) -> None:
         """These disk slots hold nothing any more, whoever looks."""
@@ -188,15 +216,27 @@ class Holdings:
             assert chunk.parent == NO_PARENT or chunk.parent in self.chunks, "a gap in a prefix"
             assert all(self.chunks[child].parent == key for child in chunk.children), "a child that left"
 
-    def _leaf(self, tier: str, key: ChunkKey) -> ChunkKey:
-        """The end of a path of this shelf's chunks that starts with `key`.  The path is kept: the next
-        victim is likely the chunk before this one."""
+    def _keep(self, key: ChunkKey) -> None:
+        while key not in self.kept and (chunk := self.chunks.get(key)) is not None:
+            self.kept.add(key)
+            key = chunk.parent
+
+    def _leaf(self, tier: str, key: ChunkKey, barred: set[ChunkKey]) -> ChunkKey | None:
+        """The end of a path of this shelf's chunks that starts with `key`; None where each ends in `barred`.
+        The path is kept: the next victim is likely the chunk before this one."""
         at, trail = self.shelves[tier].at, self._trails[tier]
         if not trail or trail[0] != key or trail[-1] not in at:
             trail[:] = [key]
-        while (below := next((c for c in self.chunks[trail[-1]].children if c in at), None)) is not None:
-            trail.append(below)
-        return trail[-1]
+        while True:
+            children = self.chunks[trail[-1]].children
+            below = next((c for c in children if c in at and c not in barred), None)
+            if below is not None:
+                trail.append(below)
+            elif barred.isdisjoint(children):
+                return trail[-1]
+            else:
+                barred.update(trail)
+                return None
 
     def _take(self, tier: str, key: ChunkKey, chunk: Chunk, erase: bool = False) -> None:
         """Off one shelf; the slot is free when nobody reads it any more."""
@@ -204,11 +244,8 @@ class Holdings:
         slot = shelf.detach(key)
         if chunk.leases:
             chunk.limbo.append((tier, slot))
-            chunk.erase = erase
-        elif erase and tier == DISK:
-            self.erasing.add(slot)
         else:
-            shelf.release(slot)
+            self.vacate(tier, slot, erase)
         if tier == HOST:
             for lower, backlog in self.backlog.items():
                 self.unwritten[lower] += backlog.drop(key)

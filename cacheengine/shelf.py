@@ -95,7 +95,8 @@ class Shelf:
 
     def restore(self, found: dict[ChunkKey, tuple[int, int]], used: int) -> None:
         """REQUIRES an unused shelf: key → (slot, depth), parents first; these slots are taken already, and
-        whose they are nobody knows any more.  All that were used before are among the first `used`."""
+        of the first `used` the others hold something too, though nothing that can be found.
+        Whose they are nobody knows any more."""
         self.at.update((key, slot) for key, (slot, _) in found.items())
         taken = set(self.at.values())
         self._untouched = used
@@ -167,7 +168,7 @@ class Chunk:
     leases: int = 0
     children: set[ChunkKey] = field(default_factory=set)
     limbo: list[tuple[str, int]] = field(default_factory=list)  # (tier, slot) to free with the last lease
-    erase: bool = False  # cleared: what is in limbo on disk must be empty before it is free
+    erase: bool = False  # and to be emptied before that, on disk
 
 
 @dataclass(slots=True)
@@ -182,4 +183,4 @@ class Ledger:
     leased: list[Chunk] = field(default_factory=list)
     suspect: ChunkKey | None = None  # the chunk whose read failed
     void: bool = False  # the cache was cleared meanwhile: whatever arrives is not kept
-    erase: bool = False  # nor may it stay on disk
+    erase: bool = False  # nor may a restart find it

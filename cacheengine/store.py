@@ -195,6 +195,8 @@ class Store:
                 stored.append(want.key)
             else:
                 held.shelves[HOST].release(ledger.reserved[want.key])
+        if stored:
+            held.refresh(held.chunks[stored[0]].parent, now)
         for key in reversed(stored):  # deepest first: a prompt is given up from its end
             held.commit(HOST, key, ledger.reserved[key])
         for tier, backlog in held.backlog.items():
@@ -208,10 +210,8 @@ class Store:
             slot = ledger.reserved[want.key]
             if i < kept and want.key in held.chunks:
                 held.commit(ledger.tier, want.key, slot)
-            elif ledger.erase and ledger.tier == DISK:
-                held.erasing.add(slot)
             else:
-                held.shelves[ledger.tier].release(slot)
+                held.vacate(ledger.tier, slot, ledger.erase)
 
     # -- other changes -----------------------------------------------------------------------------
 
@@ -264,29 +264,30 @@ class Store:
     def set_pins(self, keys: Collection[ChunkKey]) -> None:
         """Exactly these chunks, held now or later, are never evicted."""
         self._held.pins = frozenset(keys)
+        self._held.keep_pinned()
 
     def pinned(self) -> int:
         """Pinned chunks that are here."""
         return sum(self.holds(key) for key in self._held.pins)
 
     def clear(self, erase: bool = True) -> list[int]:
-        """Forget everything, also what is under way.  Returns disk slots whose headers still say otherwise,
-        those of chunks forgotten earlier too: make them empty, then call erased().
-
-        Without `erase` no header matters, and only slots that await their erasure already are kept back.
-        """
+        """Forget everything, also what is under way.  With `erase`, what is on disk must not come back with
+        the next start: returns disk slots whose headers still say otherwise.  Make them empty, then call
+        erased(); nobody is given them before."""
         held = self._held
         for ledger in self._open.values():
             ledger.void, ledger.erase = True, ledger.erase or erase
-        on_disk = list(self._disk.values()) if erase else []
+            for chunk in ledger.leased:
+                chunk.erase = chunk.erase or erase
+        read = list(self._disk.values()) if erase else []  # some may be in use and be named again later
         for key in [key for key, chunk in held.chunks.items() if chunk.parent == NO_PARENT]:
             held.bury(key, erase)
-        if erase and DISK in held.shelves:
-            held.erasing.update(held.shelves[DISK].reserve_used())
-        return [*on_disk, *(held.erasing - set(on_disk))]
+        if erase:
+            held.erase_free()
+        return [*read, *(held.erasing - set(read))]
 
     def to_erase(self) -> list[int]:
-        """Disk slots that came free since clear() and must be made empty too."""
+        """Disk slots that must be made empty: also those that came free since clear()."""
         return list(self._held.erasing)
 
     def erased(self, slots: Collection[int]) -> None:
@@ -297,14 +298,11 @@ class Store:
         for _ in range(limit):
             key = next(self._sweep, None)
             if key is None:
-                for pin in self._held.pins:
-                    self._held.use(
-                        pin, self._clock()
-                    )  # and all before it, or a pin would end with its prefix
+                self._held.keep_pinned()
                 self._sweep = iter(list(self._held.chunks))
                 return
             chunk = self._held.chunks.get(key)
-            if chunk and chunk.used < before and not chunk.leases and key not in self._held.pins:
+            if chunk and chunk.used < before and not chunk.leases and key not in self._held.kept:
                 self._held.bury(key)
 
     def drain_changes(self) -> list[Change]:

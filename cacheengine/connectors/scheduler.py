@@ -171,7 +171,7 @@ class SchedulerHalf:
         for req_id in list(self._live):
             self.end(req_id)
         with self._lock:
-            self.store.clear(erase=False)  # headers may stay: nobody can ask for those names
+            self.store.clear(erase=False)  # the headers may stay: nobody here can ask for those names
             if self._device is not None:
                 self._device.clear()
             self._publish()

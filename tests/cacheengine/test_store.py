@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from cacheengine.evict import LRU
 from cacheengine.keys import ChunkKey, KeyScheme, Namespace
 from cacheengine.plan import DISK, GONE, HOST, NO_PARENT, REDIS, Plan, Want
 from cacheengine.store import Store
@@ -288,6 +289,55 @@ def test_clear_voids_what_is_under_way_and_names_the_disk_slots_it_wrote():
     store.check()
 
 
+def test_clear_also_empties_slots_of_what_had_left_before():
+    """Their headers are as they were, and a restart believes headers."""
+    store = Store({HOST: 8, DISK: 8})
+    save(store, TRUNK[:3])
+    store.unlearn(TRUNK[1].key, HOST)
+    store.unlearn(TRUNK[1].key, DISK)  # and what stood behind it
+    assert store.fill()[DISK] == (1, 8)
+    slots = store.clear()
+    assert sorted(slots) == [0, 1, 2]
+    store.erased(slots)
+    store.check()
+
+
+def test_clear_also_empties_what_a_restart_could_not_reach():
+    store = Store({HOST: 2, DISK: 8})
+    store.restore(DISK, {5: TRUNK[0], 7: TRUNK[3]})
+    assert {5, 7} <= set(store.clear())
+    store.check()
+
+
+def test_a_cleared_slot_that_is_read_still_is_given_to_nobody_before_it_is_empty():
+    store = Store({HOST: 4, DISK: 2})
+    save(store, TRUNK[:2])
+    drop_from_host(store, TRUNK[1])
+    plan = store.begin_load("r", TRUNK[:2], NOTHING)
+    slots = store.clear()
+    store.settle(plan.id, 2)  # before the disk was told
+    store.settle(store.begin_save("s", OTHER[:2]).id, 2)
+    assert store.begin_demote(DISK, 2) is None
+    store.erased(slots)
+    store.erased(store.to_erase())
+    store.check()
+    assert store.fill()[DISK] == (0, 2)
+    store.settle(store.begin_save("s", FORK[:2]).id, 2)
+    assert len(store.begin_demote(DISK, 2).moves) == 2
+
+
+def test_clear_without_erasing_keeps_no_slot_back():
+    store = Store({HOST: 8, DISK: 4})
+    store.settle(store.begin_save("r", TRUNK[:3]).id, 3)
+    writing = store.begin_demote(DISK, 3)
+    store.clear(erase=False)
+    store.settle(writing.id, 3)
+    assert store.to_erase() == []
+    save(store, OTHER[:4])
+    assert store.fill()[DISK] == (4, 4)
+    store.check()
+
+
 def test_a_pinned_prompt_outlives_any_pressure_until_it_is_unpinned():
     store = Store({HOST: 4})
     store.set_pins({want.key for want in TRUNK[:2]})
@@ -299,6 +349,39 @@ def test_a_pinned_prompt_outlives_any_pressure_until_it_is_unpinned():
     store.set_pins(set())
     save(store, OTHER[:4])
     assert depth(store, TRUNK) == 0
+    store.check()
+
+
+class Counting(dict):
+    looks = 0
+
+    def __contains__(self, key):
+        Counting.looks += 1
+        return super().__contains__(key)
+
+
+def test_a_tier_full_of_pins_says_so_in_one_pass():
+    """Every step of every request asks again; a walk to the leaf from every chunk would be a square."""
+    store = Store({HOST: 400})
+    prompt = chain([5] * 16 * 400)
+    save(store, prompt)
+    store.set_pins({want.key for want in prompt})
+    shelf = store._held.shelves[HOST]
+    shelf.at = Counting(shelf.at)
+    Counting.looks = 0
+    assert store.begin_save("r", OTHER[:1]) is None
+    assert Counting.looks <= 3 * 400
+    store.set_pins({want.key for want in prompt[:399]})
+    assert store.begin_save("r", OTHER[:1]) is not None
+
+
+def test_beside_a_pinned_branch_another_is_given_up():
+    store = Store({HOST: 8})
+    save(store, TRUNK[:5])
+    save(store, FORK[:6])
+    store.set_pins({TRUNK[4].key})
+    save(store, OTHER[:3])
+    assert (depth(store, TRUNK), depth(store, FORK), depth(store, OTHER)) == (5, 3, 3)
     store.check()
 
 
@@ -382,6 +465,60 @@ def test_ten_thousand_random_steps_keep_the_books(seed):
     store.check()
 
 
+class Looks(LRU):
+    """Counts what is asked of it."""
+
+    uses = 0
+
+    def hit(self, key):
+        Looks.uses += 1
+        super().hit(key)
+
+
+def test_what_a_long_answer_goes_on_from_does_not_expire_under_it():
+    now = [0.0]
+    store = Store({HOST: 16}, clock=lambda: now[0])
+    for n in range(1, 5):
+        now[0] = 40.0 * n
+        assert store.begin_save("r", TRUNK[:n]) is not None
+        store.settle(n, 1)
+        for _ in range(3):
+            store.expire(before=now[0] - 60.0)
+    assert depth(store, TRUNK) == 4
+    now[0] = 300.0
+    for _ in range(3):
+        store.expire(before=240.0)
+    assert depth(store, TRUNK) == 0
+
+
+def test_what_a_pin_stands_on_outlives_an_idle_hour_in_the_middle_of_a_sweep():
+    now = [0.0]
+    store = Store({HOST: 16}, clock=lambda: now[0])
+    store.set_pins({TRUNK[3].key})
+    save(store, TRUNK[:3])
+    store.expire(before=-1.0)
+    store.expire(before=-1.0, limit=1)
+    save(store, TRUNK[3:5])
+    now[0] = 3600.0
+    for _ in range(3):
+        store.expire(before=3000.0)
+    assert depth(store, TRUNK) == 4
+    store.check()
+
+
+def test_expiry_costs_pins_no_more_than_their_number():
+    """One pass over the tree of prompts: walking up from every pin would be its square, in one step."""
+    store = Store({HOST: 400}, evictor=Looks, clock=lambda: 100.0)
+    prompt = chain([5] * 16 * 400)
+    save(store, prompt)
+    store.set_pins({want.key for want in prompt})
+    Looks.uses = 0
+    for _ in range(20):
+        store.expire(before=1000.0)
+    assert depth(store, prompt) == 400
+    assert Looks.uses <= 400
+
+
 def test_a_slot_that_somebody_else_still_reads_is_not_given_away():
     store = Store({HOST: 1, DISK: 1})
     save(store, TRUNK[:1])
@@ -442,6 +579,7 @@ class Slots(RuleBasedStateMachine):
         if self.open:
             plan = self.open.pop(i % len(self.open))
             self.store.settle(plan.id, len(plan.moves) if ok else 0)
+            self.store.erased(self.store.to_erase())
 
     @invariant()
     def one_key_a_slot(self):

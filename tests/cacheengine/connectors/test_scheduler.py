@@ -165,6 +165,22 @@ def test_a_reset_leaves_alone_what_is_still_to_be_emptied(tmp_path):
     assert sorted(engine.store.to_erase()) == sorted(wished)
 
 
+def test_a_reset_without_an_index_costs_no_disk_slot(tmp_path):
+    """Nobody beats there, so nobody would ever empty a slot that was kept back."""
+    engine = half(tmp_path)
+    for n in range(3):
+        req = request(f"r{n}")
+        engine.begin(req)
+        settle(engine, step(engine, req, len(PROMPT)))
+        engine.end(req.request_id)
+        writing = engine.plans(SchedulerOutput.make_empty()).plans
+        assert [plan.kind for plan in writing] == ["demote"]
+        engine.clear()
+        settle(engine, writing)
+    assert engine.store.to_erase() == []
+    engine.store.check()
+
+
 def test_two_resets_are_two_generations(tmp_path):
     engine = half(tmp_path)
     engine.clear()
