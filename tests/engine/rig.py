@@ -124,11 +124,12 @@ class Worker:
     def settled(self, tier: str, chunks: int, timeout: float = 60) -> None:
         """Wait until `chunks` were written to a lower tier, or dropped and counted, and none is waiting."""
         until = time.monotonic() + timeout
-        while (done := self._written(tier)) < chunks or self.metric("cairn_engine_backlog_chunks", tier=tier):
+        while (done := self.written(tier)) < chunks or self.metric("cairn_engine_backlog_chunks", tier=tier):
             assert time.monotonic() < until, f"{done} of {chunks} chunks written to {tier}"
             time.sleep(0.1)
 
-    def _written(self, tier: str) -> float:
+    def written(self, tier: str) -> float:
+        """Chunks handed to a lower tier so far, kept or not."""
         names = ("cairn_engine_saved_chunks_total", "cairn_engine_dropped_chunks_total")
         return sum(self.metric(name, tier=tier) for name in names)
 

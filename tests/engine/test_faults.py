@@ -51,7 +51,7 @@ def truth(worker: Worker, tokens: list[int]) -> list[int]:
 
 def store(worker: Worker, tier: str, tokens: list[int]) -> list[int]:
     """Have the prompt written to `tier`, then pushed out of the host arena; its true answer."""
-    before = worker.metric("cairn_engine_saved_chunks_total", tier=tier)
+    before = worker.written(tier)
     answer = worker.complete(tokens, 24)
     worker.settled(tier, int(before) + len(tokens) // CHUNK)
     assert truth(worker, tokens) == answer
