@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -28,10 +29,15 @@ def needed(binary: str | None, name: str) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port nobody listens on, below those the kernel gives to clients: one of these could take it first."""
+    while True:
+        port = random.randrange(16_000, 22_000)  # a Cluster's node also listens 10,000 above
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def until(true: Callable[[], bool], what: str, seconds: float = 30) -> None:
@@ -195,7 +201,7 @@ class Sentinels:
                 self._watching.append(
                     subprocess.Popen([self._binary, str(conf), "--sentinel"], stdout=log, stderr=log)
                 )
-        until(self._agreed, "three Sentinels that know each other and the replica")
+        until(self._agreed, "three Sentinels that know each other and the replica", seconds=120)
 
     def _agreed(self) -> bool:
         return all(self._knows(port) for port in self._ports)

@@ -16,6 +16,9 @@ import redis
 from cacheengine.plan import DISK, REDIS
 from tests.faults.rig import MiniEngine, on_disk, on_redis, prompt, stats_of
 
+pytestmark = pytest.mark.e2e  # a minute of real faults
+
+
 PROMPTS, SLOTS = 5, 24  # 20 chunks below a host arena of 6
 Harm = Callable[[Path, random.Random], None]
 

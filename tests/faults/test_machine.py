@@ -34,6 +34,9 @@ from tests.faults.rig import (
 )
 from tests.faults.test_damage import HARMS, harm_one
 
+pytestmark = pytest.mark.e2e  # a minute of real faults
+
+
 SLOTS, HOST = 10, 5
 _TRUNK = prompt(1, chunks=5)
 # conversations that grow, fork at a chunk, fork inside a block, and strangers; some end on a chunk's edge

@@ -23,6 +23,9 @@ from loadtests.throttle import Throttle
 from tests.faults.liar import HANG_UP, Liar
 from tests.faults.rig import MiniEngine, Weather, disk_tier, on_both, on_disk, on_redis, prompt
 
+pytestmark = pytest.mark.e2e  # a minute of real faults
+
+
 SLOTS = 24
 FULL = 4 * 64  # tokens in the full chunks of a prompt; its tail may come on top
 fresh = count(100)  # prompts nobody asked before
