@@ -150,6 +150,8 @@ class Planner:
             ids += (SKIP,) * (end.size - end.used)
             wants.append(self._tail(request, request.hit, end.key, ids))
         seen = [self._want(request, i, ()) for i in range(request.hit) if keys[i] in request.remote]
+        if end is not None and end.key in request.remote:
+            seen.append(wants[-1])
         self.store.learn(seen, REDIS)
         plan = self.store.begin_load(req_id, wants, request.remote)
         request.probe, request.remote = None, frozenset()

@@ -160,6 +160,9 @@ def test_a_tail_in_redis_is_asked_for_with_the_rest():
     rig.planner.allocated("a", rig.table(len(TAILED)), CHUNK + 2 * BLOCK)
     (plan,) = rig.planner.step([])
     assert [(m.tier, m.size) for m in plan.moves] == [(REDIS, 4), (REDIS, 2)]
+    rig.settle([plan])
+    assert rig.store.fill()[HOST] == (2, 16)  # and both are here now
+    rig.store.check()
 
 
 def test_nothing_is_written_below_while_the_engine_runs_unless_it_was_used_again():
