@@ -155,7 +155,7 @@ def test_the_second_turn_goes_to_the_worker_that_holds_the_first(stack):
             {"role": "assistant", "content": first.choices[0].message.content},
             {"role": "user", "content": "And why do hikers build them?"},
         ]
-        time.sleep(0.3)  # the index hears of it within its coalescing window
+        time.sleep(2.5)  # the index hears of it at once; of the load that is over, with the next beat
         second = chat(stack, messages)
         decision = last_decision(stack)
         assert (decision["worker"], decision["reason"]) == (home, "hit")
