@@ -130,7 +130,7 @@ def client(url: str, **options: Any) -> redis.Redis:
         # it has the verbs of Redis without being one
         return cast(redis.Redis, redis.RedisCluster(startup_nodes=nodes, **options))
     hosts = [_target(address) for address in parsed.addresses]
-    sentinels: Any = Sentinel(hosts, sentinel_kwargs=_theirs(parsed, options))  # type: ignore[no-untyped-call]
+    sentinels: Any = _Sentinels(hosts, sentinel_kwargs=_theirs(parsed, options))  # type: ignore[no-untyped-call]
     return cast(redis.Redis, sentinels.master_for(parsed.service, **options, db=parsed.login.db))
 
 
@@ -153,6 +153,17 @@ _NO_INDEX = (
     "the chunk index does not work on a Redis Cluster yet: chunks are shared there, routing is by hashing, "
     "and the gateway knows only the workers it is told of"
 )
+
+
+class _Sentinels(Sentinel):
+    """Hangs up on the Sentinels once they have answered; nobody else would."""
+
+    def discover_master(self, service_name: str) -> Any:
+        try:
+            return super().discover_master(service_name)  # type: ignore[no-untyped-call]
+        finally:
+            for sentinel in self.sentinels:
+                sentinel.close()
 
 
 class _AsyncSentinels(AsyncSentinel):
