@@ -45,11 +45,15 @@ class Pool:
         try:
             if self._closed:
                 raise TierDown(f"redis {self.where}: closed")
-            session = Session(self, deadline)
+            session, whole = Session(self, deadline), False
             try:
                 yield session
+                whole = True
+            except TierDown:
+                whole = True  # whoever raised it has closed what was out of step
+                raise
             finally:
-                session.end()
+                session.end(whole)
         finally:
             self._places.release()
 
@@ -193,10 +197,11 @@ class Session:
             self._redirected[name] = redirect
         return redirect is not None
 
-    def end(self) -> None:
-        """Give back what is in step, close the rest."""
+    def end(self, whole: bool) -> None:
+        """Give back what is in step, close the rest; everything unless the verb was `whole`, since a bulk
+        reply counts as answered before its bytes are read."""
         for address, lane in self._lanes.items():
-            if lane.answered == lane.asked and not lane.conn.closed and not self._doubt:
+            if whole and lane.answered == lane.asked and not lane.conn.closed and not self._doubt:
                 self._pool.give(address, lane.conn)
             else:
                 self._doubt |= lane.conn.closed

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -262,6 +263,15 @@ def test_a_server_that_starts_after_the_tier_is_found(valkey: Any):
     valkey.start()
     assert eventually(lambda: tier.write(*chunks(1))) == 1
     tier.close()
+
+
+def test_a_conversation_left_in_the_middle_of_a_reply_is_not_taken_up_again(tier: RedisTier):
+    """Whatever the reason: what was not read yet must never be another command's answer."""
+    with pytest.raises(ValueError, match="ours"), tier._pool.session(time.monotonic() + 5) as session:  # noqa: PT012
+        (ticket,) = session.ask([(b"k", (b"GET", b"k"))])
+        conn = session.bulk(ticket)
+        raise ValueError("a bug of ours")
+    assert conn.closed
 
 
 def eventually(verb: Any) -> int:
