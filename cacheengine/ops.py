@@ -127,16 +127,6 @@ def capabilities() -> dict[str, bool]:
     return {"cpu": CPU_LIBRARY.exists(), "cuda": CUDA_LIBRARY.exists() and torch.cuda.is_available()}
 
 
-def pin(address: int, nbytes: int) -> None:
-    """Page-lock host memory for CUDA: kernels and copy engines may then use its addresses.
-
-    Raises ConfigError when the driver refuses, e.g. for want of lockable memory.
-    """
-    error = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))  # type: ignore[no-untyped-call]
-    if error:
-        raise ConfigError(f"CUDA cannot pin {nbytes} bytes of host memory (error {error}): lower host_bytes")
-
-
 def batch_words(paged: Paged, blocks: Blocks, slots: Sequence[int]) -> "array[int]":
     """The batch as the native side reads it (csrc/kv_batch.h).  Raises ValueError for unequal lengths."""
     if len(blocks) != len(slots):
