@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from cacheengine.errors import CacheError
-from cacheengine.keys import ChunkKey
+from cacheengine.keys import KEY_BYTES, ChunkKey
 from cacheengine.pool import submit
 from cacheengine.tier import Ref, Tier
 from cacheengine.tiers.wrap import Breaker
@@ -37,6 +37,14 @@ class Remote:
             return None
         # the breaker half-opens by being asked, but nobody waits for it
         return None if broken else asked
+
+    def mend(self) -> bool:
+        """Whether the tier is in use.  One that is not is asked something, so that it is back before the next
+        prompt needs it."""
+        if any(tier.open for tier in self._tiers):
+            self.ask([ChunkKey(bytes(KEY_BYTES))])
+            return False
+        return True
 
     def _prefix(self, keys: Sequence[ChunkKey]) -> int:
         try:

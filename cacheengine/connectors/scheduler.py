@@ -304,7 +304,9 @@ class SchedulerHalf:
         }
         if self._device is not None:
             fill |= {"device_used": len(self._device), "device_slots": self._device.slots}
-        return {**self.planner.load(), **fill, **self.planner.totals(), "layout": self._layout.name}
+        up = int(self._remote.mend()) if self._remote else 0
+        totals = self.planner.totals()
+        return {**self.planner.load(), **fill, **totals, "redis_up": up, "layout": self._layout.name}
 
     # -- start -------------------------------------------------------------------------------------
 

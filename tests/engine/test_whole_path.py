@@ -6,6 +6,7 @@ The tests run in order: the last ones take the stack apart.
 import http.client
 import json
 import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -83,6 +84,19 @@ def chat(stack, messages, tokens=8, **fields):
 
 def last_decision(stack) -> dict:
     return stack.http.get("/admin/decisions", params={"limit": 1}).json()["decisions"][0]
+
+
+def beat(stack, name) -> dict[str, str]:
+    with stack.valkey.client() as client:
+        (lease,) = client.keys(f"cairn:*:worker:{name}")
+        return {field.decode(): value.decode() for field, value in client.hgetall(lease).items()}
+
+
+def writes_to_redis(worker) -> bool:
+    had = worker.metric("cairn_engine_saved_chunks_total", tier="redis")
+    worker.complete([100 + secrets.randbelow(1000) for _ in range(260)], 1)
+    worker.settled("redis", 1)
+    return worker.metric("cairn_engine_saved_chunks_total", tier="redis") > had
 
 
 def running(stack) -> float:
@@ -202,6 +216,9 @@ def test_without_redis_every_request_still_succeeds(stack):
 
 
 def test_a_worker_killed_mid_stream_is_an_error_event_and_the_other_answers_from_redis(stack):
+    for name, worker in stack.workers.items():  # Redis was frozen before: both must have found it again
+        until(lambda name=name: beat(stack, name)["redis_up"] == "1")
+        until(lambda worker=worker: writes_to_redis(worker))
     prompt = conversation(stack.workers["w1"], 1)[0] * 4
     before = {name: worker.written("redis") for name, worker in stack.workers.items()}
     stream = stack.sdk.completions.create(

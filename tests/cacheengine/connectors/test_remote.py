@@ -1,11 +1,14 @@
 """Redis is asked on a thread of its own; whatever goes wrong there is a miss."""
 
 import threading
+import time
+from functools import partial
 
 from cacheengine.connectors.remote import MAX_PROBES, Remote
 from cacheengine.errors import TierDown
 from cacheengine.keys import ChunkKey
 from cacheengine.tier import NullTier
+from cacheengine.tiers.wrap import Breaker
 
 KEYS = [ChunkKey(bytes([n]) * 16) for n in range(5)]
 
@@ -44,6 +47,21 @@ def test_a_broken_redis_is_asked_for_one_key_and_nobody_waits():
     for _ in range(3):
         remote.ask(KEYS).result(10)
     assert remote.ask(KEYS) is None
+    remote.close()
+
+
+def test_a_redis_that_is_back_is_in_use_before_the_next_prompt_needs_it(monkeypatch):
+    monkeypatch.setattr("cacheengine.connectors.remote.Breaker", partial(Breaker, reset_seconds=0))
+    tier = Says(4, down=True)
+    remote = Remote([tier])
+    for _ in range(3):
+        remote.ask(KEYS).result(10)
+    tier.down = False
+    assert not remote.mend()
+    deadline = time.monotonic() + 10
+    while not remote.mend():
+        assert time.monotonic() < deadline
+    assert remote.ask(KEYS).result(10) == 4
     remote.close()
 
 
