@@ -17,6 +17,7 @@ endif
 UP_FLAGS = $(if $(MODEL),--model '$(MODEL)') $(if $(WORKERS),--workers $(WORKERS)) $(if $(PORT),--port $(PORT)) $(UP_ARGS)
 
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -q --hypothesis-profile=fixed
 STAMP := .install-stamp
 SOURCES := pyproject.toml requirements/cpu.txt requirements/install.sh cacheengine/build.py \
 	$(wildcard requirements/stubs/*/pyproject.toml csrc/*)
@@ -38,10 +39,11 @@ check: $(STAMP) ## format, lint, types, architecture and unit tests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -q --hypothesis-profile=fixed -m 'not e2e and not engine'
+	@$(PYTEST) -n 2 --dist worksteal -m 'not e2e and not engine'
 
 test: check ## check, then the tests with several processes and with a real vLLM
-	@$(BIN)/python -m pytest -q --hypothesis-profile=fixed -m 'e2e or engine' --durations=8
+	@$(PYTEST) -n 2 --dist worksteal -m 'e2e and not engine'
+	@$(PYTEST) -m engine --durations=8
 
 load: $(STAMP) ## 60 seconds of load on the running stack (PORT=… if not 8000)
 	@$(BIN)/locust -f loadtests/locustfile.py --headless --users 6 --spawn-rate 2 --run-time 60s --only-summary \
