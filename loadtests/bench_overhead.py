@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gateway.launch.config import DEFAULT_MODEL
-from loadtests.engine import CHUNK, NO_DEVICE_CACHE, BenchFailed, Engine, Lab, sentence_on_failure
+from loadtests.engine import CHUNK, NO_DEVICE_CACHE, BenchFailed, Engine, Lab, rest, sentence_on_failure
 from loadtests.report import Bar, finish
 from loadtests.texts import slices
 
@@ -44,6 +44,7 @@ class Pair(NamedTuple):
 
 def throughput(engine: Engine, prompts: Sequence[list[int]]) -> float:
     """Tokens per second, prompts and answers, CONCURRENCY at a time."""
+    rest()
     began = time.perf_counter()
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         answers = list(pool.map(lambda prompt: engine.ask(prompt, MAX_TOKENS), prompts))

@@ -33,6 +33,8 @@ from loadtests.sse import Answer, StreamFailed
 from loadtests.texts import MANUAL
 
 GIB = 1 << 30
+# vLLM's processes busy-wait for a second after their last message (shm_broadcast.SpinCondition)
+_SPIN_SECONDS = 1.5
 MAX_MODEL_LEN = 4096
 CHUNK = int(LaunchConfig.model_fields["chunk_tokens"].default)  # as `make up` has it
 BLOCK = 128  # tokens of vLLM's block on the CPU
@@ -255,6 +257,11 @@ def cores() -> str:
     """Every usable core but the last, which is left to I/O: the same for plain vLLM and for ours."""
     usable = sorted(os.sched_getaffinity(0))
     return ",".join(map(str, usable[:-1] or usable))
+
+
+def rest() -> None:
+    """Wait until no engine that was just used is still spinning on the core the next one is measured on."""
+    time.sleep(_SPIN_SECONDS)
 
 
 def sentence_on_failure(bench: Callable[[], int]) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from loadtests.engine import CHUNK, NO_DEVICE_CACHE, BenchFailed, Engine
+from loadtests.engine import CHUNK, NO_DEVICE_CACHE, BenchFailed, Engine, rest
 from loadtests.peers.daemon import Peer, PeerLab, forget_pages, in_redis, on_disk, remember_pages
 from loadtests.peers.lines import SECONDS, Line, rotated
 
@@ -28,6 +28,7 @@ class Turns:
         for i, prompt in enumerate(prompts):
             self._filled.append(prompt)
             for side in rotated(("plain", "lmcache", "cairn"), i):
+                rest()
                 if side == "plain" and self.plain:
                     line.plain.append(self.plain.proved(prompt, ""))
                 if side == "lmcache":
@@ -42,6 +43,7 @@ class Turns:
         theirs, ours, hits = [], [], []
         for i, prompt in enumerate(prompts):
             for side in rotated(("lmcache", "cairn"), i):
+                rest()
                 if side == "lmcache":
                     ttft, cached = self.peer.asked(prompt)
                     theirs.append(ttft)
