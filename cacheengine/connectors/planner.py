@@ -1,12 +1,12 @@
 """The engine-neutral half of a connector: tokens and block tables in, Plans out, reports settled.
 
 Runs on the serving engine's scheduler thread.  Nothing here does I/O: what Redis holds is asked by a probe
-on its own thread, and a request whose answer is not here yet is asked again in the next step.
+on its own thread, and a request whose answer is not here within a moment is asked again in the next step.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ from cacheengine.store import Store
 
 # Leading keys Redis holds, -1 when it could not say; None: the shared tier is off or broken now.
 Probe = Callable[[Sequence[ChunkKey]], "Future[int] | None"]
+
+GRACE_SECONDS = 0.002  # in all that a step waits for Redis: a whole step of waiting costs a request far more
 
 
 class Scheduled(NamedTuple):
@@ -101,6 +103,7 @@ class Planner:
         self._plans: dict[int, Plan] = {}
         self._words: dict[int, _Words] = {}
         self._loads: list[Plan] = []
+        self._grace = GRACE_SECONDS  # what is left of it in this step
         self._totals = {"lookup_tokens": 0.0, **{f"hit_tokens_{tier}": 0.0 for tier in (HOST, DISK, REDIS)}}
 
     # -- a request's life --------------------------------------------------------------------------
@@ -162,7 +165,7 @@ class Planner:
     def step(self, scheduled: Sequence[Scheduled]) -> list[Plan]:
         """The plans of the step about to run: loads just promised, chunks it completes, and what is to be
         written below."""
-        plans, self._loads = self._loads, []
+        plans, self._loads, self._grace = self._loads, [], GRACE_SECONDS
         for item in scheduled:
             request = self._requests.get(item.req_id)
             if request is not None and (plan := self._advance(request, item)):
@@ -359,6 +362,10 @@ class Planner:
             return now < request.arrival
         if request.probe is None or (keys and held == len(keys)):  # a tail is not worth waiting for
             return False
+        if self._grace > 0 and not request.probe.done():
+            began = time.perf_counter()
+            wait([request.probe], self._grace)
+            self._grace -= time.perf_counter() - began
         if not request.probe.done():
             if now < request.patience:
                 return True

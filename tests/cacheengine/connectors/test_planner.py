@@ -1,11 +1,12 @@
 """Tokens and block tables in, plans out: driven as vLLM's scheduler drives it, without vLLM."""
 
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
 from cacheengine.connectors.demoter import Demoter
-from cacheengine.connectors.planner import Geometry, Planner, Scheduled
+from cacheengine.connectors.planner import GRACE_SECONDS, Geometry, Planner, Scheduled
 from cacheengine.keys import KeyScheme, Namespace
 from cacheengine.metrics import Tally
 from cacheengine.plan import DISK, HOST, REDIS, SKIP
@@ -330,6 +331,29 @@ def test_redis_is_asked_only_for_what_is_not_here():
     assert rig.asked[-1] == 2
     rig.answers[-1].set_result(0)
     assert rig.planner.matched("b", PROMPT, 0) == 2 * CHUNK
+
+
+def test_an_answer_that_takes_a_moment_does_not_cost_a_step():
+    rig = Rig(host=16, redis=100)
+    rig.planner.begin("a", PROMPT, [])
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(rig.answers[0].set_result, 3)
+        assert rig.planner.matched("a", PROMPT, 0) == 3 * CHUNK
+
+
+def test_a_step_waits_a_moment_for_redis_and_not_one_for_every_request(monkeypatch):
+    waited = []
+    monkeypatch.setattr(
+        "cacheengine.connectors.planner.wait",
+        lambda _, seconds: (waited.append(seconds), time.sleep(seconds)),
+    )
+    rig = Rig(host=16, redis=100)
+    for name in "abc":
+        rig.planner.begin(name, PROMPT, [])
+        assert rig.planner.matched(name, PROMPT, 0) is None
+    rig.planner.step([])
+    assert rig.planner.matched("c", PROMPT, 0) is None
+    assert waited == [GRACE_SECONDS] * 2
 
 
 def test_a_slow_redis_is_a_miss_not_a_wait():
