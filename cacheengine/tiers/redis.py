@@ -225,11 +225,13 @@ class RedisTier:
         return info if checksum.intdigest() == info.checksum else BadFrame("payload checksum")
 
     def _renewals(self, refs: Sequence[Ref]) -> list[tuple[bytes, Command]]:
-        return [(name, (b"EXPIRE", name, self._ttl)) for ref in refs for name in self._names(ref.key)]
+        """GT leaves what was pinned for ever as it is (Redis 7, Valkey)."""
+        return [(name, (b"EXPIRE", name, self._ttl, b"GT")) for ref in refs for name in self._names(ref.key)]
 
     def _absent(self, session: Session, refs: Sequence[Ref]) -> list[int]:
         """Which refs must be sent.  What is whole already gets a fresh TTL instead of megabytes."""
-        answers = session.call(self._renewals(refs))
+        asked = [(name, (b"EXISTS", name)) for ref in refs for name in self._names(ref.key)]
+        answers = session.call(asked + self._renewals(refs))
         return [i for i in range(len(refs)) if answers[2 * i : 2 * i + 2] != [1, 1]]
 
     def _put(

@@ -177,6 +177,18 @@ def test_a_hit_renews_both_expiries_without_a_round_trip_of_its_own(
     assert min(admin.ttl(name(n)) for n in range(6) for name in (meta, data)) > 5
 
 
+def test_what_was_pinned_for_ever_stays_so_when_it_is_read_or_written_again(
+    tier: RedisTier, admin: redis.Redis
+):
+    refs, payloads = chunks(1)
+    tier.write(refs, payloads)
+    for name in (meta(0), data(0)):
+        admin.persist(name)
+    assert tier.read(refs, blank(1)) == 1
+    assert tier.write(refs, payloads) == 1
+    assert [admin.ttl(name) for name in (meta(0), data(0))] == [-1, -1]
+
+
 def test_what_was_read_before_a_gap_is_renewed_too(tier: RedisTier, admin: redis.Redis):
     refs, payloads = chunks(8)
     tier.write(refs, payloads)
