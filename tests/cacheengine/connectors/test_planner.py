@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from cacheengine.connectors.demoter import Demoter
+from cacheengine.connectors.demoter import DECODE_SECONDS, Demoter
 from cacheengine.connectors.planner import GRACE_SECONDS, Geometry, Planner, Scheduled
 from cacheengine.keys import KeyScheme, Namespace
 from cacheengine.metrics import Tally
@@ -38,7 +38,7 @@ class Rig:
         self.asked, self.answers, self.clock, self.tally = [], [], Clock(), Tally()
         self.store = Store(slots or {HOST: 16}, CHUNK // BLOCK, clock=self.clock)
         geometry = Geometry(CHUNK, CHUNK * 100, BLOCK, ranks)
-        demoter = Demoter(self.store, write, admit, queue=16)
+        demoter = Demoter(self.store, write, admit, 16, self.clock)
         self.planner = Planner(
             SCHEME, geometry, self.store, demoter, self.probe, 1.0, self.tally, self.clock, loading
         )
@@ -176,14 +176,19 @@ def test_nothing_is_written_below_while_the_engine_runs_unless_it_was_used_again
     assert rig.planner.busy is False
 
 
-def test_beside_pure_decoding_a_few_chunks_are_written():
+def test_beside_pure_decoding_a_chunk_a_second_is_written():
     rig = Rig(write="idle", host=16, disk=16)
     rig.planner.begin("a", PROMPT, [])
     rig.settle(rig.serve("a", PROMPT))
     decode = Scheduled("a", PROMPT, len(PROMPT), 1, rig.table(len(PROMPT) + 1))
     (plan,) = rig.planner.step([decode])
-    assert [move.tier for move in plan.moves] == [DISK, DISK]
+    assert [move.tier for move in plan.moves] == [DISK]
+    rig.settle([plan])
     assert rig.planner.step([decode]) == []
+    rig.clock.now += DECODE_SECONDS
+    (plan,) = rig.planner.step([decode])
+    rig.clock.now += DECODE_SECONDS
+    assert rig.planner.step([decode]) == []  # the last one is still under way
     rig.settle([plan])
     assert len(rig.planner.step([decode])) == 1
 
