@@ -39,17 +39,17 @@ def test_every_case_has_a_row_and_its_spread(times):
     assert times.results()["cold, Cairn max s"] == 9.0
 
 
-def test_the_overhead_is_the_median_of_the_pairs():
-    pairs = [
-        bench_overhead.Pair(100, 99, 0.2),
-        bench_overhead.Pair(110, 111, 0.1),
-        bench_overhead.Pair(90, 60, 5),
+def test_the_overhead_is_the_median_of_the_rounds_beside_what_plain_differs_by_from_itself():
+    rounds = [
+        bench_overhead.Round(100, 100, 99, 0.2),
+        bench_overhead.Round(100, 120, 111, 0.1),
+        bench_overhead.Round(100, 80, 60, 5),
     ]
-    found = bench_overhead.summary(pairs)
+    found = bench_overhead.summary(rounds)
     assert found["ratio"] == pytest.approx(0.99)
     assert (found["ratio min"], found["ratio max"]) == (pytest.approx(60 / 90), pytest.approx(111 / 110))
-    assert found["noise"] == pytest.approx(0.2)
-    assert bench_overhead.report(pairs).row_count == 3
+    assert (found["control"], found["control min"], found["control max"]) == (1, 0.8, 1.2)
+    assert bench_overhead.report(rounds).row_count == 3
 
 
 def test_every_bench_is_listed_with_what_it_asks():
