@@ -116,11 +116,11 @@ class Holdings:
             below += chunk.children
             del self.chunks[gone]
 
-    def lease(self, wants: Sequence[Want]) -> list[Chunk]:
+    def lease(self, wants: Sequence[Want], behind: ChunkKey = NO_PARENT) -> list[Chunk]:
         """Hold these chunks, and all before them: were an ancestor evicted, the slots behind it would be
-        given to others while a rank still reads them."""
+        given to others while a rank still reads them.  The caller holds `behind` already in this way."""
         leased = [chunk for want in wants if (chunk := self.chunks.get(want.key))]
-        above = self.chunks.get(wants[0].parent) if wants else None
+        above = self.chunks.get(wants[0].parent) if wants and wants[0].parent != behind else None
         while above is not None:
             leased.append(above)
             above = self.chunks.get(above.parent)

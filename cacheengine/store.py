@@ -143,18 +143,20 @@ class Store:
         """Write up to `limit` chunks of the host tier to a lower one; only those that were used again since
         they came, unless `cold`."""
         held, wants, moves, ledger = self._held, [], [], Ledger("demote", (), tier)
+        last = NO_PARENT
         for key in held.backlog[tier].take(limit, cold):
             chunk = held.chunks.get(key)
             if chunk is None:  # making room for another made it unreachable
                 continue
             want = Want(key, chunk.parent, chunk.root, chunk.size, (), chunk.tenant)
-            lease = held.lease([want])  # first: the reservation may be looking for a victim
+            lease = held.lease([want], last)  # first: the reservation may be looking for a victim
             slot = held.reserve(tier, chunk.tenant)
             if slot < 0:
                 held.unlease(lease)
                 held.unwritten[tier] += 1
                 continue
             wants.append(want)
+            last = key
             ledger.leased += lease
             ledger.reserved[key] = slot
             moves.append(Move(*want[:4], self._host[key], (), tier, slot))
