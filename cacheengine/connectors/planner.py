@@ -67,6 +67,7 @@ class _Request:
     saved: int = 0
     tail_saved: bool = False
     barred: bool = False  # a load brought nothing: compute
+    graced: bool = False  # a step has waited a moment for its probe
     patience: float = 0.0  # until when to wait for Redis
     arrival: float = 0.0  # until when to wait for a chunk another plan is bringing
 
@@ -362,7 +363,8 @@ class Planner:
             return now < request.arrival
         if request.probe is None or (keys and held == len(keys)):  # a tail is not worth waiting for
             return False
-        if self._grace > 0 and not request.probe.done():
+        if self._grace > 0 and not request.graced and not request.probe.done():
+            request.graced = True  # once: a Redis that is not quick must not slow every further step
             began = time.perf_counter()
             wait([request.probe], self._grace)
             self._grace -= time.perf_counter() - began

@@ -358,6 +358,8 @@ def test_a_step_waits_a_moment_for_redis_and_not_one_for_every_request(monkeypat
         assert rig.planner.matched(name, PROMPT, 0) is None
     rig.planner.step([])
     assert rig.planner.matched("c", PROMPT, 0) is None
+    rig.planner.step([])
+    assert rig.planner.matched("a", PROMPT, 0) is None  # it had its moment
     assert waited == [GRACE_SECONDS] * 2
 
 
