@@ -9,7 +9,7 @@ that chose the default: docs/adr/0014-greedy-dual-evicts.md, and `python -m load
 """
 
 from abc import abstractmethod
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Protocol
@@ -171,9 +171,10 @@ class GreedyDual(Evictor):
     """
 
     def __init__(self) -> None:
-        self._clock = 0
-        self._held: dict[ChunkKey, tuple[int, int]] = {}  # key → its priority, its uses
-        self._ring = [OrderedDict[ChunkKey, None]() for _ in range(_MAX_USES + 1)]
+        self._held: dict[ChunkKey, tuple[OrderedDict[ChunkKey, None], int]] = {}  # key → its queue, its uses
+        # What is held lies between the clock and the clock + _MAX_USES.  The queue of the clock stands first,
+        # and time passes as an empty one goes to the end.
+        self._ring = deque(OrderedDict[ChunkKey, None]() for _ in range(_MAX_USES + 1))
         self._ghost = Ghost()
 
     def add(self, key: ChunkKey, depth: int) -> None:
@@ -182,33 +183,29 @@ class GreedyDual(Evictor):
         self._place(key, self._ghost.recall(key) + 1)
 
     def hit(self, key: ChunkKey) -> None:
-        if key in self._held:
-            self._place(key, self._take(key) + 1)
+        if (held := self._held.get(key)) is not None:
+            queue, uses = held
+            del queue[key]
+            self._place(key, uses + 1)
 
     def forget(self, key: ChunkKey) -> None:
-        if key in self._held:
-            self._ghost.remember(key, self._take(key))
+        if (held := self._held.pop(key, None)) is not None:
+            queue, uses = held
+            del queue[key]
+            self._ghost.remember(key, uses)
             self._ghost.trim(len(self._held))
 
     def victims(self) -> Iterator[ChunkKey]:
-        while self._held and not self._queue(self._clock):
-            self._clock += 1
-        return chain.from_iterable(self._queue(self._clock + ahead) for ahead in range(len(self._ring)))
+        ring = self._ring
+        while self._held and not ring[0]:
+            ring.rotate(-1)
+        return chain.from_iterable(ring)
 
     def _place(self, key: ChunkKey, uses: int) -> None:
         uses = min(uses, _MAX_USES)
-        priority = self._clock + uses
-        self._held[key] = priority, uses
-        self._queue(priority)[key] = None
-
-    def _take(self, key: ChunkKey) -> int:
-        priority, uses = self._held.pop(key)
-        del self._queue(priority)[key]
-        return uses
-
-    def _queue(self, priority: int) -> OrderedDict[ChunkKey, None]:
-        """What is held lies between the clock and the clock + _MAX_USES: no two priorities share a queue."""
-        return self._ring[priority % len(self._ring)]
+        queue = self._ring[uses]
+        self._held[key] = queue, uses
+        queue[key] = None
 
 
 class Ghost:

@@ -74,28 +74,28 @@ class Holdings:
         first whatever the policy says.
         """
         shelf = self.shelves[tier]
-        if not shelf.has_room(tenant):
-            barred: set[ChunkKey] = set()  # what stands before a chunk that must stay: never walked twice
-            for key in shelf.victims(tenant):
-                leaf = self._leaf(tier, key, barred) if key not in barred else None
-                if leaf is None:
-                    continue
-                if not self.chunks[leaf].leases and leaf not in self.pins and leaf not in spare:
-                    self.evicted[tier] += 1
-                    self._trails[tier].pop()
-                    self.remove(tier, leaf)
-                    break
-                barred.update(self._trails[tier])
-        return shelf.reserve(tenant) if shelf.has_room(tenant) else -1
+        if (slot := shelf.reserve(tenant)) >= 0:
+            return slot
+        barred: set[ChunkKey] = set()  # what stands before a chunk that must stay: never walked twice
+        for key in shelf.victims(tenant):
+            leaf = self._leaf(tier, key, barred) if key not in barred else None
+            if leaf is None:
+                continue
+            if not self.chunks[leaf].leases and leaf not in self.pins and leaf not in spare:
+                self.evicted[tier] += 1
+                self._trails[tier].pop()
+                slot = self._detach(tier, leaf)
+                self._left(leaf)
+                return shelf.pass_on(slot, tenant)
+            barred.update(self._trails[tier])
+        return -1
 
     def remove(self, tier: str, key: ChunkKey) -> None:
         """`key` is on this shelf no longer."""
         chunk = self.chunks.get(key)
         if chunk is not None and key in self.at(tier):
             self._take(tier, key, chunk)
-            self.mark(key)
-            if not self.bits(key):
-                self.bury(key)
+            self._left(key)
 
     def bury(self, key: ChunkKey, erase: bool = False) -> None:
         """Forget a chunk, wherever it is, and everything behind it.  `erase`: what is on disk must not come
@@ -146,8 +146,9 @@ class Holdings:
             key = chunk.parent
         for shelf in self.shelves.values():
             shelf.hit(path)
+        path.reverse()
         for tier in self.backlog:
-            self.want_below(tier, reversed(path))
+            self.want_below(tier, path)
 
     def keep_pinned(self) -> None:
         """Note anew which chunks pins stand on."""
@@ -164,7 +165,7 @@ class Holdings:
     def want_below(self, tier: str, keys: Iterable[ChunkKey]) -> None:
         """These chunks have proved useful: write those of the host tier down that are not there."""
         host, there = self.at(HOST), self.at(tier)
-        self.backlog[tier].warm(key for key in keys if key in host and key not in there)
+        self.backlog[tier].warm([key for key in keys if key in host and key not in there])
 
     def vacate(self, tier: str, slot: int, erase: bool) -> None:
         """A reserved slot is free, or, with `erase` on disk, will be once it was made empty."""
@@ -240,12 +241,22 @@ class Holdings:
 
     def _take(self, tier: str, key: ChunkKey, chunk: Chunk, erase: bool = False) -> None:
         """Off one shelf; the slot is free when nobody reads it any more."""
-        shelf = self.shelves[tier]
-        slot = shelf.detach(key)
+        slot = self._detach(tier, key)
         if chunk.leases:
             chunk.limbo.append((tier, slot))
         else:
             self.vacate(tier, slot, erase)
+
+    def _detach(self, tier: str, key: ChunkKey) -> int:
         if tier == HOST:
             for lower, backlog in self.backlog.items():
                 self.unwritten[lower] += backlog.drop(key)
+        return self.shelves[tier].detach(key)
+
+    def _left(self, key: ChunkKey) -> None:
+        """`key` left a shelf: was it the last?"""
+        self.mark(key)
+        for shelf in self.shelves.values():
+            if key in shelf.at:
+                return
+        self.bury(key)

@@ -11,7 +11,7 @@ import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NewType
+from typing import NewType, cast
 
 ChunkKey = NewType("ChunkKey", bytes)
 Namespace = NewType("Namespace", bytes)
@@ -83,12 +83,15 @@ class KeyChain:
         full = len(tokens) // n * n
         if full <= self._done:
             return
-        raw = token_bytes(tokens[self._done : full])
-        key = self.keys[-1] if self.keys else self._root
-        for i in range(0, len(raw), 4 * n):
-            # digest(), without its two calls: this loop is most of what a prompt costs the scheduler
-            key = ChunkKey(hashlib.sha256(key + raw[i : i + 4 * n]).digest()[:KEY_BYTES])
-            self.keys.append(key)
+        raw = token_bytes(tokens if full - self._done == len(tokens) else tokens[self._done : full])
+        key: bytes = self.keys[-1] if self.keys else self._root
+        chain: list[bytes] = []
+        # digest(), without its calls: this loop is most of what a prompt costs the scheduler
+        sha256, size = hashlib.sha256, 4 * n
+        for i in range(0, len(raw), size):
+            key = sha256(key + raw[i : i + size]).digest()[:KEY_BYTES]
+            chain.append(key)
+        self.keys += cast("list[ChunkKey]", chain)
         self._done = full
 
     def tail(self, tokens: Sequence[int], chunks: int, length: int) -> ChunkKey:

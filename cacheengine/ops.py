@@ -6,8 +6,7 @@ keys dim-major inside a page, CUDA backends do otherwise, and a copy need not ca
 On the CPU a call returns when the bytes are there, and holds no interpreter lock meanwhile.  On CUDA it
 enqueues one kernel on a stream and returns; record an event to learn when the slots may be read.
 
-The native side lives in csrc/ (kv_batch.h says what it assumes); `gather_ref` and `scatter_ref` say the same
-in plain torch.
+The native side lives in csrc/ (kv_batch.h says what it assumes).
 """
 
 import ctypes
@@ -103,28 +102,9 @@ def scatter(
     _move("scatter", paged, blocks, slots, stream)
 
 
-def gather_ref(tensors: Sequence[torch.Tensor], blocks: Blocks, slots: Sequence[torch.Tensor]) -> None:
-    """What gather() means.  `slots` are flat uint8 tensors."""
-    for ids, slot in zip(blocks, slots, strict=True):
-        slot.copy_(torch.cat([_pages(t)[list(ids)].flatten() for t in tensors]))
-
-
-def scatter_ref(tensors: Sequence[torch.Tensor], blocks: Blocks, slots: Sequence[torch.Tensor]) -> None:
-    """What scatter() means.  `slots` are flat uint8 tensors."""
-    for ids, slot in zip(blocks, slots, strict=True):
-        fresh = [row for row, block in enumerate(ids) if block != SKIP]
-        for t, rows in zip(tensors, slot.view(len(tensors), len(ids), -1), strict=True):
-            _pages(t)[[ids[row] for row in fresh]] = rows[fresh]
-
-
 def load() -> None:
     """Load the CPU ops now rather than in the first step.  Raises ConfigError when they are not built."""
     _library(CPU_LIBRARY)
-
-
-def capabilities() -> dict[str, bool]:
-    """Which twins this process can run."""
-    return {"cpu": CPU_LIBRARY.exists(), "cuda": CUDA_LIBRARY.exists() and torch.cuda.is_available()}
 
 
 def batch_words(paged: Paged, blocks: Blocks, slots: Sequence[int]) -> "array[int]":
@@ -207,8 +187,3 @@ def _gapless_elements(t: torch.Tensor) -> int:
             raise LayoutMismatch(f"a block is not one run of memory: {tuple(t.shape)}, strides {t.stride()}")
         elements *= t.shape[dim]
     return elements
-
-
-def _pages(t: torch.Tensor) -> torch.Tensor:
-    """uint8 view [blocks, block_bytes] in memory order."""
-    return t.permute(0, *_inner_order(t)).flatten(1).view(torch.uint8)

@@ -32,20 +32,28 @@ class Shelf:
     def free(self) -> int:
         return self.slots - self._untouched + len(self._returned)
 
-    def has_room(self, tenant: str) -> bool:
-        return self.free > 0 and not self._full_share(tenant)
-
     def reserve(self, tenant: str) -> int:
-        """REQUIRES has_room(tenant), to whom the slot counts until it is released."""
-        self.reserved += 1
+        """A slot, which counts to this tenant until it is released; -1 where there is no room."""
+        if self._share < 1 and self._full_share(tenant):
+            return -1
         if self._returned:
             slot = self._returned.pop()
-        else:
+        elif self._untouched < self.slots:
             slot, self._untouched = self._untouched, self._untouched + 1
+        else:
+            return -1
+        self.reserved += 1
         if self._share < 1:
             self._owner[slot] = tenant
             self._taken[tenant] = self._taken.get(tenant, 0) + 1
         return slot
+
+    def pass_on(self, slot: int, tenant: str) -> int:
+        """A slot detached with nobody reading it is reserved anew; -1 where this tenant may have no more."""
+        if self._share >= 1:
+            return slot
+        self.release(slot)
+        return self.reserve(tenant)
 
     def release(self, slot: int) -> None:
         self.reserved -= 1
@@ -58,8 +66,13 @@ class Shelf:
                 self._orders.pop(tenant, None)
 
     def reserve_used(self) -> list[int]:
-        """Every free slot that may still hold what it held before."""
-        return [self.reserve("") for _ in range(len(self._returned))]
+        """Every free slot that may still hold what it held before, for nobody."""
+        slots, self._returned = self._returned, []
+        self.reserved += len(slots)
+        if self._share < 1 and slots:
+            self._owner.update(dict.fromkeys(slots, ""))
+            self._taken[""] = self._taken.get("", 0) + len(slots)
+        return slots
 
     def commit(self, key: ChunkKey, slot: int, depth: int) -> None:
         """A reserved slot now holds `key`.  Where another plan was quicker, the slot is given back."""
@@ -87,6 +100,8 @@ class Shelf:
 
     def victims(self, tenant: str) -> Iterator[ChunkKey]:
         """Worst first, for room for a chunk of this tenant."""
+        if self._share >= 1:
+            return self._orders[""].victims() if self._orders else iter(())
         if self._full_share(tenant):
             most = [tenant]
         else:

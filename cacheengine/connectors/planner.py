@@ -143,21 +143,17 @@ class Planner:
         request = self._requests.get(req_id)
         if request is None or external <= 0:
             return
-        per, keys, end = self._per_chunk, request.chain.keys, request.end
+        per, end = self._per_chunk, request.end
         first = (self._promised(request) - external) // self._block  # the device holds the blocks before it
-        wants = [
-            self._want(request, i, _but(blocks[i * per : (i + 1) * per], first - i * per))
-            for i in range(first // per, request.hit)
-        ]
+        wants = self._wants(request, first // per, request.hit, _but(blocks, first))
         if end is not None:
             ids = _but(blocks[request.hit * per : request.hit * per + end.used], first - request.hit * per)
             ids += (SKIP,) * (end.size - end.used)
             wants.append(self._tail(request, request.hit, end.key, ids))
-        seen = [self._want(request, i, ()) for i in range(request.hit) if keys[i] in request.remote]
-        if end is not None and end.key in request.remote:
-            seen.append(wants[-1])
-        self.store.learn(seen, REDIS)
-        plan = self.store.begin_load(req_id, wants, request.remote)
+        if remote := request.remote:  # what the device holds already is worth knowing too
+            before = self._wants(request, 0, first // per, ())
+            self.store.learn([want for want in (*before, *wants) if want.key in remote], REDIS)
+        plan = self.store.begin_load(req_id, wants, remote)
         request.probe, request.remote = None, frozenset()
         request.computed = self._promised(request)
         self._plans[plan.id] = plan
@@ -186,10 +182,8 @@ class Planner:
         request.computed = item.computed + item.new
         keys = request.chain.keys
         done = min(request.computed // self._n, len(keys))
-        wants = [
-            self._want(request, i, tuple(item.blocks[i * per : (i + 1) * per]))
-            for i in range(request.saved, done)
-        ]
+        self._skip_saved(request, done)
+        wants = self._wants(request, request.saved, done, item.blocks)
         full, rest = divmod(request.prompt // self._block, per)
         if request.computed >= request.prompt and not request.tail_saved:
             request.tail_saved = True
@@ -200,11 +194,16 @@ class Planner:
         if not wants:
             return None
         plan = store.begin_save(item.req_id, wants, spare=set(keys))
+        self._skip_saved(request, done)
+        return plan
+
+    def _skip_saved(self, request: _Request, done: int) -> None:
+        """Past what is here or on its way."""
+        store, keys = self.store, request.chain.keys
         while request.saved < done and (
             store.holds(keys[request.saved]) or store.expected(keys[request.saved])
         ):
             request.saved += 1
-        return plan
 
     def _starts(self, request: _Request) -> None:
         """First time a request runs: what it uses has proved useful."""
@@ -296,10 +295,14 @@ class Planner:
         used = request.end.used if request.end else 0
         return (request.hit * self._per_chunk + used) * self._block
 
-    def _want(self, request: _Request, i: int, blocks: tuple[int, ...]) -> Want:
-        keys = request.chain.keys
-        parent = keys[i - 1] if i else NO_PARENT
-        return Want(keys[i], parent, keys[0], self._per_chunk, blocks, request.tenant)
+    def _wants(self, request: _Request, start: int, stop: int, blocks: Sequence[int]) -> list[Want]:
+        """Full chunks `start` to `stop`, with their shares of all the request's blocks."""
+        keys, per, tenant = request.chain.keys, self._per_chunk, request.tenant
+        parents = [NO_PARENT, *keys]
+        return [
+            Want(keys[i], parents[i], keys[0], per, tuple(blocks[i * per : (i + 1) * per]), tenant)
+            for i in range(start, stop)
+        ]
 
     def _tail(self, request: _Request, i: int, key: ChunkKey, blocks: tuple[int, ...]) -> Want:
         """The chunk behind the first `i`, which need not be a full one."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from cacheengine.ops import Blocks
+from cacheengine.plan import SKIP
 
 POISON = 0xA5
 GUARD = 4096  # poisoned bytes on each side of everything
@@ -105,3 +106,22 @@ def assert_same_bytes(got: torch.Tensor, want: torch.Tensor) -> None:
     wrong = (got.cpu() != want.cpu()).nonzero().flatten()
     first = int(wrong[0]) if len(wrong) else -1
     assert not len(wrong), f"{len(wrong)} of {len(got)} bytes differ, the first at {first}"
+
+
+def gather_ref(tensors: Sequence[torch.Tensor], blocks: Blocks, slots: Sequence[torch.Tensor]) -> None:
+    """What ops.gather() means, in plain torch.  `slots` are flat uint8 tensors."""
+    for ids, slot in zip(blocks, slots, strict=True):
+        slot.copy_(torch.cat([pages(t)[list(ids)].flatten() for t in tensors]))
+
+
+def scatter_ref(tensors: Sequence[torch.Tensor], blocks: Blocks, slots: Sequence[torch.Tensor]) -> None:
+    """What ops.scatter() means, in plain torch.  `slots` are flat uint8 tensors."""
+    for ids, slot in zip(blocks, slots, strict=True):
+        fresh = [row for row, block in enumerate(ids) if block != SKIP]
+        for t, rows in zip(tensors, slot.view(len(tensors), len(ids), -1), strict=True):
+            pages(t)[[ids[row] for row in fresh]] = rows[fresh]
+
+
+def pages(t: torch.Tensor) -> torch.Tensor:
+    """uint8 view [blocks, block_bytes] in memory order."""
+    return t.permute(0, *sorted(range(1, t.dim()), key=t.stride, reverse=True)).flatten(1).view(torch.uint8)

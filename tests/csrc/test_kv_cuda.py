@@ -12,7 +12,7 @@ import torch
 
 from cacheengine import ops
 from cacheengine.build import build_cuda
-from tests.csrc.moves import CHUNKS, SHAPES, Cache, Shape, Slots, assert_same_bytes, sizes
+from tests.csrc.moves import CHUNKS, SHAPES, Cache, Shape, Slots, assert_same_bytes, scatter_ref, sizes
 
 ARCHITECTURES = ["sm_80", "sm_90"]
 
@@ -109,5 +109,5 @@ def test_on_a_gpu_chunks_go_out_and_come_back(shape: Shape, library: Path) -> No
     ops.gather(paged, CHUNKS, slots.addresses)
     ops.scatter(ops.Paged.of(blank.tensors), CHUNKS, slots.addresses)
     torch.cuda.synchronize()
-    ops.scatter_ref(expected.tensors, CHUNKS, [slot.cuda() for slot in slots.slots])
+    scatter_ref(expected.tensors, CHUNKS, [slot.cuda() for slot in slots.slots])
     assert_same_bytes(blank.raw, expected.raw)

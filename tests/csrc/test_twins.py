@@ -16,7 +16,19 @@ from hypothesis import strategies as st
 from cacheengine import ops
 from cacheengine.build import CSRC, build_cpu
 from cacheengine.plan import SKIP
-from tests.csrc.moves import CHUNKS, POISON, SHAPES, Cache, Shape, Slots, assert_same_bytes, sizes, slots_for
+from tests.csrc.moves import (
+    CHUNKS,
+    POISON,
+    SHAPES,
+    Cache,
+    Shape,
+    Slots,
+    assert_same_bytes,
+    gather_ref,
+    scatter_ref,
+    sizes,
+    slots_for,
+)
 
 Twin = Callable[[str, "array[int]"], int]  # (verb, words) -> status
 
@@ -69,7 +81,7 @@ def test_gather_fills_exactly_the_named_slots(twin: Twin, shape: Shape, shift: i
     got, want = slots_for(sizes(shape.layers, paged.block_bytes, CHUNKS), shift)
 
     move(twin, "gather", paged, CHUNKS, got.addresses)
-    ops.gather_ref(cache.tensors, CHUNKS, want.slots)
+    gather_ref(cache.tensors, CHUNKS, want.slots)
 
     for mine, reference in zip(got.slots, want.slots, strict=True):
         assert_same_bytes(mine, reference)
@@ -91,7 +103,7 @@ def test_scatter_touches_no_block_but_the_named(twin: Twin, shape: Shape, shift:
     before = slots.raw.clone()
 
     move(twin, "scatter", paged, chunks, slots.addresses)
-    ops.scatter_ref(reference.tensors, chunks, slots.slots)
+    scatter_ref(reference.tensors, chunks, slots.slots)
 
     assert_same_bytes(cache.raw, reference.raw)
     assert_same_bytes(slots.raw, before)
