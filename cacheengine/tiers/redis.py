@@ -31,6 +31,8 @@ FORMAT = f"cairn-frame-{frame.VERSION}"
 _WINDOW = 4  # chunks under way: hides the round trip, bounds what the server must buffer
 _SLOWEST_BYTES_PER_SECOND = 50e6  # a deadline grows by this much per byte moved
 
+_Ask = tuple[bytes, Command]  # a key, and a command about it
+
 log = logging.getLogger(__name__)
 
 
@@ -124,8 +126,14 @@ class RedisTier:
             return 0
         started = time.perf_counter()
         with self._session(sum(map(len, data))) as session:
-            todo = self._absent(session, refs)
-            done, refusal = self._put(session, [(refs[i], data[i]) for i in todo])
+            asked = [(name, (b"EXISTS", name)) for ref in refs for name in self._names(ref.key)]
+            tickets = session.ask(asked + self._renewals(refs))
+            first = self._commands(refs[0], data[0])  # its checksum, while the server looks
+            here = session.answers(tickets)
+            todo = [i for i in range(len(refs)) if here[2 * i : 2 * i + 2] != [1, 1]]
+            done, refusal = self._put(
+                session, (self._commands(refs[i], data[i]) if i else first for i in todo)
+            )
             self.stats.add(
                 bytes_written=sum(len(data[i]) for i in todo[:done]),
                 write_seconds=time.perf_counter() - started,
@@ -177,7 +185,7 @@ class RedisTier:
         end: FrameInfo | ErrorReply | BadFrame | None = None
         while (here := len(filled)) < len(refs):
             names = [self._names(ref.key)[1] for ref in refs[here : here + _WINDOW]]
-            burst: list[tuple[bytes, Command]] = [(name, (b"GET", name)) for name in names[len(under_way) :]]
+            burst: list[_Ask] = [(name, (b"GET", name)) for name in names[len(under_way) :]]
             last = bool(burst) and here + _WINDOW >= len(refs)
             tickets = session.ask(burst + self._renewals(refs) if last else burst)
             under_way.extend(tickets[: len(burst)])
@@ -224,47 +232,27 @@ class RedisTier:
             return exc
         return info if checksum.intdigest() == info.checksum else BadFrame("payload checksum")
 
-    def _renewals(self, refs: Sequence[Ref]) -> list[tuple[bytes, Command]]:
+    def _renewals(self, refs: Sequence[Ref]) -> list[_Ask]:
         """GT leaves what was pinned for ever as it is (Redis 7, Valkey)."""
         return [(name, (b"EXPIRE", name, self._ttl, b"GT")) for ref in refs for name in self._names(ref.key)]
 
-    def _absent(self, session: Session, refs: Sequence[Ref]) -> list[int]:
-        """Which refs must be sent.  What is whole already gets a fresh TTL instead of megabytes."""
-        asked = [(name, (b"EXISTS", name)) for ref in refs for name in self._names(ref.key)]
-        answers = session.call(asked + self._renewals(refs))
-        return [i for i in range(len(refs)) if answers[2 * i : 2 * i + 2] != [1, 1]]
+    def _put(self, session: Session, chunks: Iterator[list[_Ask]]) -> tuple[int, ErrorReply | None]:
+        """Send chunks; return how many leading ones are whole there, and the refusal that ended it."""
+        under_way: deque[list[Ticket]] = deque()
+        stored, refusal = 0, None
+        while True:
+            if not refusal and (asks := next(chunks, None)):
+                under_way.append(session.ask(asks))
+                if len(under_way) < _WINDOW:
+                    continue
+            if not under_way:
+                return stored, refusal
+            error = _first_error(session.answers(under_way.popleft()))
+            refusal = refusal or error
+            stored += not refusal
 
-    def _put(
-        self, session: Session, chunks: Sequence[tuple[Ref, memoryview]]
-    ) -> tuple[int, ErrorReply | None]:
-        """Send chunks; return how many leading ones are whole there, and the refusal that ended it.
-
-        A chunk's metadata is sent when its bytes are known to be stored, behind the bytes of later chunks.
-        """
-        under_way: deque[tuple[Ticket, list[tuple[bytes, Command]]]] = deque()
-        about: list[Ticket] = []
-        refusal: ErrorReply | None = None
-        for i in range(len(chunks) + _WINDOW):
-            if i < len(chunks) and not refusal:
-                value, facts = self._commands(*chunks[i])
-                under_way.append((session.ask([value])[0], facts))
-            if under_way and (refusal or i >= _WINDOW - 1):
-                ticket, facts = under_way.popleft()
-                error = _first_error(session.answers([ticket]))
-                refusal = refusal or error
-                if not refusal:
-                    about += session.ask(facts)
-        stored = len(about) // 2
-        answers = session.answers(about)
-        for i in range(stored):
-            if error := _first_error(answers[2 * i : 2 * i + 2]):
-                return i, error
-        return stored, refusal
-
-    def _commands(
-        self, ref: Ref, view: memoryview
-    ) -> tuple[tuple[bytes, Command], list[tuple[bytes, Command]]]:
-        """What stores a chunk's bytes, and what stores its metadata: each a key and a command about it."""
+    def _commands(self, ref: Ref, view: memoryview) -> list[_Ask]:
+        """What stores a chunk: its bytes, then its metadata."""
         meta, data = self._names(ref.key)
         tokens = self._tokens * len(view) // self._payload_bytes
         header = frame.pack(
@@ -274,7 +262,8 @@ class RedisTier:
             tokens=tokens, bytes=HEADER_BYTES + len(view),
             checksum=f"{frame.payload_checksum(header):016x}", created=int(time.time()),
         )  # fmt: skip
-        return (data, (b"SET", data, (header, view), b"EX", self._ttl)), [
+        return [
+            (data, (b"SET", data, (header, view), b"EX", self._ttl)),
             (meta, (b"HSET", meta, *self._facts, *facts)),
             (meta, (b"EXPIRE", meta, self._ttl)),
         ]

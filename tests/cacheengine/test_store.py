@@ -108,6 +108,21 @@ def test_what_is_being_written_below_is_not_given_away():
     assert store.begin_save("s", OTHER[:1]) is not None
 
 
+@pytest.mark.parametrize("slots", [3, 4])
+def test_room_for_a_chunk_is_never_made_by_giving_up_what_stands_before_it(slots):
+    store = Store({HOST: 8, DISK: slots})
+    save(store, TRUNK[:3])
+    for want in reversed(TRUNK[:3]):
+        drop_from_host(store, want)  # the prefix is on disk alone, and fills it but for a slot
+    store.settle(store.begin_save("r", TRUNK[3:5]).id, 2)
+    writing = store.begin_demote(DISK, 8)
+    assert (len(writing.moves) if writing else 0) == slots - 3
+    assert depth(store, TRUNK) == 5
+    if writing:
+        store.settle(writing.id, 1)
+    store.check()
+
+
 def test_a_prefix_is_written_below_from_its_front_and_once():
     store = Store({HOST: 8, DISK: 8})
     plan = store.begin_save("r", TRUNK[:5])
