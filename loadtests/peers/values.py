@@ -31,7 +31,7 @@ _SCRIPT = Path(__file__).with_name("lmcache_values.py")
 _NAMESPACE = Namespace(digest(b"values"))
 THREADS, CONNECTIONS = 8, 2  # what LMCache's daemon and Cairn's engine have when nobody says otherwise
 _REDIS, _RESP, _RESP_ALL = "redis://", "resp, 1 connection", f"resp, {THREADS} connections"
-_ONE, _ALL = "1 connection", f"{CONNECTIONS} connections"
+_ONE, _ALL, _AS_MANY = "1 connection", f"{CONNECTIONS} connections", f"{THREADS} connections"
 
 Turn = Callable[[str, int], float]  # ("set" or "get", which turn) → GB/s
 
@@ -46,8 +46,11 @@ def lines(python: Path, url: str, turns: int) -> list[Line]:
         theirs(python, "resp", THREADS, url) as threads,
         ours(url, 1) as one,
         ours(url, CONNECTIONS) as all_of_it,
+        ours(url, THREADS) as as_many,
     ):
-        sides = {_REDIS: in_process, _RESP: resp, _RESP_ALL: threads, _ONE: one, _ALL: all_of_it}
+        sides = {
+            _REDIS: in_process, _RESP: resp, _RESP_ALL: threads, _ONE: one, _ALL: all_of_it, _AS_MANY: as_many
+        }  # fmt: skip
         for number in range(turns + 1):
             for name in rotated([*sides], number):
                 for verb in ("set", "get"):
@@ -55,9 +58,15 @@ def lines(python: Path, url: str, turns: int) -> list[Line]:
                     if number:  # the first wakes everybody
                         speeds.setdefault(name, {}).setdefault(verb, []).append(speed)
                 server.flushall()
-    pairs = ((_REDIS, _ONE), (_RESP, _ONE), (_RESP_ALL, _ALL))
+    pairs = ((_REDIS, _ONE), (_RESP, _ONE), (_RESP_ALL, _AS_MANY), (_RESP_ALL, _ALL))
     return [
-        Line(f"Redis {verb}, {his}", "GB/s", speeds[his][verb], speeds[mine][verb], note=f"Cairn: {mine}")
+        Line(
+            f"Redis {verb}, {his} ÷ our {mine}",
+            "GB/s",
+            speeds[his][verb],
+            speeds[mine][verb],
+            note=f"Cairn: {mine}",
+        )
         for his, mine in pairs
         for verb in ("set", "get")
     ]
