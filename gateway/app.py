@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from cacheengine.index import Fleet, IndexReader
+from cacheengine.index_reader import Fleet, IndexReader
 from cacheengine.redis_url import index_url
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher

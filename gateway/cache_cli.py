@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.prompt import Confirm
 
-from cacheengine.index import Lease
+from cacheengine.index_schema import Lease
 from cacheengine.keys import ChunkKey, KeyScheme
 from cacheengine.wishes import TooManyPins, Verb
 from gateway import cache_view

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from cacheengine.errors import IndexDown
-from cacheengine.index import Fleet
+from cacheengine.index_reader import Fleet
 from cacheengine.keys import KeyScheme
 from router.worker import StaticWorker, Worker, from_lease, from_static, majority_scheme
 

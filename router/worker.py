@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cacheengine.index import Lease, WorkerInfo
+from cacheengine.index_schema import Lease, WorkerInfo
 from cacheengine.keys import KeyScheme, Namespace, probe_keys
 
 

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
-from cacheengine.index import Fleet, WorkerInfo
-from cacheengine.index_schema import FLEET, lease_name
+from cacheengine.index_reader import Fleet
+from cacheengine.index_schema import FLEET, WorkerInfo, lease_name
 from cacheengine.keys import KeyScheme, namespace_of, probe_keys
 from router.registry import STALE_SECONDS, Registry
 from router.worker import StaticWorker
