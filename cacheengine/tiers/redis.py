@@ -95,7 +95,6 @@ class RedisTier:
         if not refs:
             return 0
         filled: list[FrameInfo] = []
-        started = time.perf_counter()
         try:
             with self._session(sum(map(len, into))) as session:
                 end = self._fill(session, refs, into, filled)
@@ -114,7 +113,6 @@ class RedisTier:
                 hits=len(filled),
                 misses=int(len(filled) < len(refs)),
                 bytes_read=sum(info.length for info in filled),
-                read_seconds=time.perf_counter() - started,
             )
         return len(filled)
 
@@ -122,14 +120,10 @@ class RedisTier:
         self._check(refs, data)
         if not refs:
             return 0
-        started = time.perf_counter()
         with self._session(sum(map(len, data))) as session:
             todo = self._absent(session, refs)
             done, refusal = self._put(session, [(refs[i], data[i]) for i in todo])
-            self.stats.add(
-                bytes_written=sum(len(data[i]) for i in todo[:done]),
-                write_seconds=time.perf_counter() - started,
-            )
+            self.stats.add(bytes_written=sum(len(data[i]) for i in todo[:done]))
             if refusal:
                 self._forget(session, [refs[todo[done]]])
                 return self._refused(todo[done], refusal)
