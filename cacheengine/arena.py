@@ -7,6 +7,7 @@ import ctypes
 import errno
 import mmap
 import os
+from contextlib import suppress
 
 PAGE = 4096
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
@@ -35,8 +36,9 @@ class Arena:
         self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._closed = False
-        self.huge_pages = self._advise(mmap.MADV_HUGEPAGE)
-        self._advise(mmap.MADV_DONTDUMP)
+        for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTDUMP):
+            with suppress(OSError):  # a kernel without the feature: slower, not wrong
+                self._map.madvise(advice)
 
     def address(self, slot: int) -> int:
         """Where `slot` begins.  Valid until close().  Raises IndexError, and ValueError when closed."""
@@ -68,10 +70,8 @@ class Arena:
         """Give the memory back.  Idempotent.  A view that is still out keeps the mapping alive until it
         goes; an address does not, so whoever copies to addresses stops first."""
         self._closed = True
-        try:
+        with suppress(BufferError):
             self._map.close()
-        except BufferError:
-            return
 
     def _offset(self, slot: int) -> int:
         if self._closed:
@@ -79,10 +79,3 @@ class Arena:
         if not 0 <= slot < self.slots:
             raise IndexError(f"slot {slot} is not in an arena of {self.slots}")
         return slot * self.stride
-
-    def _advise(self, advice: int) -> bool:
-        try:
-            self._map.madvise(advice)
-        except OSError:  # a kernel without the feature: slower, not wrong
-            return False
-        return True

@@ -8,12 +8,13 @@ nothing and a changed source is never missed.  Libraries are replaced atomically
 a build loads the old one or the new one.
 """
 
+import ctypes
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cacheengine.config import ConfigError
@@ -38,18 +39,31 @@ CUDA_FLAGS = (
 )
 
 
+def compiler(find: Callable[[str], str | None] = shutil.which) -> str:
+    """Path of a C++ compiler, empty when there is none."""
+    return next(filter(None, map(find, COMPILERS)), "")
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    """Calls into it do not hold the interpreter lock.  Raises ConfigError when it is not built."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        raise ConfigError(f"{path.name} is not built: run `python -m cacheengine.build`") from None
+
+
 def build_cpu(library: Path = CPU_LIBRARY, csrc: Path = CSRC) -> bool:
     """Build the CPU ops; True when something was built, False when the library was current.
 
     Raises ConfigError without a C++ compiler, without sources, or when the compiler refuses.
     """
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
+    path = compiler()
+    if not path:
         raise ConfigError(
             f"no C++ compiler ({', '.join(COMPILERS)}) in PATH: install one, e.g. apt-get install g++"
         )
     sources = [csrc / "kv_cpu.cpp", csrc / "kv_codec.cpp"]
-    return _build(library, [compiler, *CPU_FLAGS], sources, [csrc / "kv_batch.h", csrc / "kv_codec.h"])
+    return _build(library, [path, *CPU_FLAGS], sources, [csrc / "kv_batch.h", csrc / "kv_codec.h"])
 
 
 def build_cuda(library: Path = CUDA_LIBRARY, csrc: Path = CSRC) -> bool | None:

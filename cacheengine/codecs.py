@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
-from cacheengine.build import CPU_LIBRARY
+from cacheengine.build import CPU_LIBRARY, load_library
 from cacheengine.config import ConfigError
 
 RAW = "raw"
@@ -64,7 +64,6 @@ class Codec(Protocol):
     ValueError, before a byte is written, for lengths that do not fit each other."""
 
     name: str  # at most 8 ASCII letters: it goes into every frame
-    exact: bool  # decode(encode(x)) == x for any bytes
 
     def encoded_bytes(self, payload_bytes: int) -> int:
         """Length of a payload once encoded."""
@@ -76,31 +75,10 @@ class Codec(Protocol):
         """The way back, as near as the codec gets.  Any bytes decode to something."""
 
 
-class Raw:
-    """The identity.  Nobody needs to call it: a tier without a wrapper stores raw."""
-
-    name = RAW
-    exact = True
-
-    def __init__(self, page: Page | None = None) -> None:
-        del page
-
-    def encoded_bytes(self, payload_bytes: int) -> int:
-        return payload_bytes
-
-    def encode(self, data: Sequence[memoryview], into: Sequence[memoryview]) -> None:
-        for view, out in zip(data, into, strict=True):
-            out[:] = view
-
-    def decode(self, data: Sequence[memoryview], into: Sequence[memoryview]) -> None:
-        self.encode(data, into)
-
-
 class Fp8:
     """Scaled e4m3: half of 16 bits, a quarter of 32.  Coding raises ConfigError without the native ops."""
 
     name = "fp8"
-    exact = False
     coded = _K | _V
 
     def __init__(self, page: Page) -> None:
@@ -163,7 +141,7 @@ class K16V8(Fp8):
         super().__init__(page)
 
 
-CODECS: dict[str, Callable[[Page], Codec]] = {"raw": Raw, "fp8": Fp8, "k16v8": K16V8}
+CODECS: dict[str, Callable[[Page], Codec]] = {"fp8": Fp8, "k16v8": K16V8}  # raw needs none
 
 
 def page_of(layout: str, heads: int, block_tokens: int, block_bytes: int, dtype: str) -> Page | None:
@@ -190,11 +168,8 @@ def address_of(view: memoryview) -> int:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The native ops.  ctypes releases the interpreter lock around each call."""
-    try:
-        library = ctypes.CDLL(str(CPU_LIBRARY))
-    except OSError:
-        raise ConfigError(f"{CPU_LIBRARY.name} is not built: run `python -m cacheengine.build`") from None
+    """The native ops with their signatures."""
+    library = load_library(CPU_LIBRARY)
     for verb in ("kv_cpu_encode", "kv_cpu_decode"):
         call = getattr(library, verb)
         call.argtypes, call.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64], ctypes.c_int64

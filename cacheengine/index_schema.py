@@ -1,13 +1,17 @@
 """The words of the chunk index: names of keys in Redis, tier bits, what a worker says about itself.
 
+The index is the one loop of the system, closed through data in Redis, never through a call: workers publish
+who holds which chunk (index_writer), gateways ask (index_reader).  It is a hint: a stale yes costs one
+recompute, never a wrong answer.
+
     cairn:fleet                      ZSET    member <ns>:<worker_id>, score = server ms of the last beat
     cairn:<ns>:worker:<worker_id>    HASH    the lease: WorkerInfo and heartbeat, all strings; expires
     cairn:<ns>:epoch:<worker_id>     STRING  last epoch given to that name
     cairn:<ns>:{<root8>}:<key>       HASH    field <worker_id>@<epoch>, value = decimal tier bitmap; expires
 
 `ns` and `key` are 32 hex digits, `root8` the first 16 hex digits of the prompt's first chunk key: one prefix
-family shares a Cluster slot, families spread.  Writer and reader both import this file, so the layout cannot
-drift between them.
+family shares a Cluster slot, families spread.  A death or restart is O(1): entries carry the worker's epoch,
+so when the lease expires or the epoch rises they are invisible at once; they are swept later.
 """
 
 import re

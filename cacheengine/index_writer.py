@@ -51,7 +51,6 @@ class WriterStats:
     """Counters since start; read by the engine's metrics."""
 
     written: int = 0  # entries Redis took, announcements included
-    batches: int = 0
     announcements: int = 0
     overflows: int = 0
     errors: int = 0  # lost connections and refused commands
@@ -314,7 +313,6 @@ class IndexWriter:
                 self._write_script([chunk_name(self._namespace, root, root)], args, pipe)
             pipe.execute()
         self.stats.written += len(entries)
-        self.stats.batches += 1
 
     def _leave(self, client: redis.Redis) -> None:
         info = self._info

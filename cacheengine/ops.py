@@ -4,7 +4,7 @@ A slot holds a chunk as [layer][block in chunk][block bytes].  Pages are opaque 
 keys dim-major inside a page, CUDA backends do otherwise, and a copy need not care.
 
 On the CPU a call returns when the bytes are there, and holds no interpreter lock meanwhile.  On CUDA it
-enqueues one kernel on a stream and returns; record an event to learn when the slots may be read.
+enqueues one kernel on the current stream and returns; record an event to learn when the slots may be read.
 
 The native side lives in csrc/ (kv_batch.h says what it assumes).
 """
@@ -20,8 +20,7 @@ from typing import Self
 
 import torch
 
-from cacheengine.build import CPU_LIBRARY, CUDA_LIBRARY
-from cacheengine.config import ConfigError
+from cacheengine.build import CPU_LIBRARY, CUDA_LIBRARY, load_library
 from cacheengine.errors import LayoutMismatch
 from cacheengine.plan import SKIP
 
@@ -74,23 +73,19 @@ class Paged:
         return len(self.bases) * blocks * self.block_bytes
 
 
-def gather(
-    paged: Paged, blocks: Blocks, slots: Sequence[int], stream: "torch.cuda.Stream | None" = None
-) -> None:
+def gather(paged: Paged, blocks: Blocks, slots: Sequence[int]) -> None:
     """Copy the blocks of chunk i, all layers, to the slot at address slots[i].
 
     REQUIRES every address to be a slot of `paged.chunk_bytes(len(blocks[i]))` bytes that nobody else writes;
-    on CUDA pinned or device memory.  `stream`: where the kernel goes, default the current one.
+    on CUDA pinned or device memory.
     Raises ValueError before any byte moves: an id outside the cache, lengths that differ, a slot named twice.
     """
     if len(set(slots)) != len(slots):
         raise ValueError("two chunks cannot be gathered into one slot")
-    _move("gather", paged, blocks, slots, stream)
+    _move("gather", paged, blocks, slots)
 
 
-def scatter(
-    paged: Paged, blocks: Blocks, slots: Sequence[int], stream: "torch.cuda.Stream | None" = None
-) -> None:
+def scatter(paged: Paged, blocks: Blocks, slots: Sequence[int]) -> None:
     """Copy the slot at address slots[i] to the blocks of chunk i, all layers.  No other block is touched.
 
     A block id of SKIP leaves that part of the slot where it is: the device holds the block already, and
@@ -99,7 +94,7 @@ def scatter(
     ids = [block for block in chain.from_iterable(blocks) if block != SKIP]
     if len(set(ids)) != len(ids):
         raise ValueError("two chunks cannot be scattered to one block")
-    _move("scatter", paged, blocks, slots, stream)
+    _move("scatter", paged, blocks, slots)
 
 
 def load() -> None:
@@ -132,9 +127,7 @@ def raise_for(status: int, blocks: Blocks) -> None:
         raise ValueError(f"not a batch of block moves (native status {status}); nothing was moved")
 
 
-def _move(
-    verb: str, paged: Paged, blocks: Blocks, slots: Sequence[int], stream: "torch.cuda.Stream | None"
-) -> None:
+def _move(verb: str, paged: Paged, blocks: Blocks, slots: Sequence[int]) -> None:
     words = batch_words(paged, blocks, slots)
     if not slots:
         return
@@ -143,7 +136,7 @@ def _move(
         raise_for(call(words.buffer_info()[0], len(words)), blocks)
         return
     call = getattr(_library(CUDA_LIBRARY), f"kv_cuda_{verb}")
-    stream = stream or torch.cuda.current_stream(torch.device(paged.device))
+    stream = torch.cuda.current_stream(torch.device(paged.device))
     with torch.cuda.stream(stream):
         # Both copies of the tables may be freed at return: torch reuses the pinned one only after the copy,
         # and the device one only behind the kernel on this very stream.
@@ -154,11 +147,8 @@ def _move(
 
 @cache
 def _library(path: Path) -> ctypes.CDLL:
-    """A native library with its signatures.  ctypes releases the interpreter lock around each call."""
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError:
-        raise ConfigError(f"{path.name} is not built: run `python -m cacheengine.build`") from None
+    """A native library with its signatures."""
+    library = load_library(path)
     pointer, length = ctypes.c_void_p, ctypes.c_int64
     cpu = path == CPU_LIBRARY
     for verb in ("gather", "scatter"):
@@ -172,15 +162,10 @@ def _layout(t: torch.Tensor) -> tuple[object, ...]:
     return t.dtype, tuple(t.shape), t.stride(), str(t.device)
 
 
-def _inner_order(t: torch.Tensor) -> list[int]:
-    """Dimensions behind the first, outermost in memory first."""
-    return sorted(range(1, t.dim()), key=t.stride, reverse=True)
-
-
 def _gapless_elements(t: torch.Tensor) -> int:
     """Elements in one block.  Raises LayoutMismatch unless they are one run in memory."""
     elements = 1
-    for dim in reversed(_inner_order(t)):
+    for dim in sorted(range(1, t.dim()), key=t.stride):  # innermost in memory first
         if t.shape[dim] == 1:
             continue
         if t.stride(dim) != elements:

@@ -110,14 +110,6 @@ def parse(url: str) -> RedisUrl:
     return RedisUrl(kind or "single", tuple(login.at(*host) for host in hosts), login, "", options)
 
 
-def address_of(url: str) -> Address:
-    """The address in a URL of one server.  Raises ConfigError."""
-    parsed = parse(url)
-    if parsed.kind != "single":
-        raise ConfigError("redis_url names several servers where one is needed")
-    return parsed.login
-
-
 def client(url: str, **options: Any) -> redis.Redis:
     """A blocking redis-py client, connected lazily except to a Cluster; it follows failovers.  `options` are
     redis-py's.  Raises ConfigError; for a Cluster also what redis-py raises when no node answers."""

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from cacheengine.index import Fleet, IndexReader
+from cacheengine.index_reader import Fleet, IndexReader
 from cacheengine.redis_url import index_url
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
@@ -59,10 +59,9 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
             if index is not None:
                 opened.push_async_callback(index.close)
                 await index.open()
-            opened.push_async_callback(registry.close)
-            await registry.start()
-            meeting = asyncio.create_task(handshake.run(), name="cairn-handshake")
-            opened.push_async_callback(_stopped, meeting)
+            await registry.refresh()
+            for running in (registry.run(), handshake.run()):
+                opened.push_async_callback(_stopped, asyncio.create_task(running))
             yield
 
     app = FastAPI(title="Cairn", lifespan=lifespan)

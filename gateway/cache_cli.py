@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.prompt import Confirm
 
-from cacheengine.index import Lease
+from cacheengine.index_schema import Lease
 from cacheengine.keys import ChunkKey, KeyScheme
 from cacheengine.wishes import TooManyPins, Verb
 from gateway import cache_view
@@ -30,7 +30,7 @@ from gateway.cache_prompt import Prompt, read_keys, read_prompt, tokens_of
 from gateway.cache_view import Row
 from gateway.launch import state
 from gateway.launch.config import load_settings
-from gateway.launch.errors import LaunchError, UsageError, give_up
+from gateway.launch.errors import LaunchError, UsageError
 
 cache_app = typer.Typer()
 
@@ -176,42 +176,32 @@ def warm(
         show(table(rows))
 
 
-@cache_app.command()
-def pin(
-    keys: Keys = None,
-    prompt: Text = None,
-    file: File = None,
-    messages: Messages = None,
-    tokens: Tokens = None,
-    model: Model = None,
-    tokenizer: Tokenizer = "",
-    redis_url: RedisUrl = None,
-    timeout: Timeout = 30.0,
-    as_json: AsJson = False,
-) -> None:
-    """Keep a prompt's chunks from eviction until they are unpinned, held now or later, also over restarts."""
-    with _opened(redis_url) as place:
-        asked = read_prompt(prompt, file, messages, tokens, keys or [])
-        _wish(place, "pin", asked, _find(place, asked, model, tokenizer), timeout, as_json)
+def _add_wish(verb: Verb, what: str) -> None:
+    """`cairn pin` and `cairn unpin` take a prompt in the same ways."""
+
+    @cache_app.command(verb, help=what)
+    def command(
+        keys: Keys = None,
+        prompt: Text = None,
+        file: File = None,
+        messages: Messages = None,
+        tokens: Tokens = None,
+        model: Model = None,
+        tokenizer: Tokenizer = "",
+        redis_url: RedisUrl = None,
+        timeout: Timeout = 30.0,
+        as_json: AsJson = False,
+    ) -> None:
+        with _opened(redis_url) as place:
+            asked = read_prompt(prompt, file, messages, tokens, keys or [])
+            _wish(place, verb, asked, _find(place, asked, model, tokenizer), timeout, as_json)
 
 
-@cache_app.command()
-def unpin(
-    keys: Keys = None,
-    prompt: Text = None,
-    file: File = None,
-    messages: Messages = None,
-    tokens: Tokens = None,
-    model: Model = None,
-    tokenizer: Tokenizer = "",
-    redis_url: RedisUrl = None,
-    timeout: Timeout = 30.0,
-    as_json: AsJson = False,
-) -> None:
-    """Let a prompt's chunks be evicted again."""
-    with _opened(redis_url) as place:
-        asked = read_prompt(prompt, file, messages, tokens, keys or [])
-        _wish(place, "unpin", asked, _find(place, asked, model, tokenizer), timeout, as_json)
+_add_wish(
+    "pin",
+    "Keep a prompt's chunks from eviction until they are unpinned, held now or later, also over restarts.",
+)
+_add_wish("unpin", "Let a prompt's chunks be evicted again.")
 
 
 @cache_app.command()
@@ -371,7 +361,7 @@ def _tell(place: Place, found: Sequence[Found], asked: Prompt, as_json: bool, wh
 
 @contextmanager
 def _opened(redis_url: str | None) -> Iterator[Place]:
-    """Redis of flag, environment or running stack; trouble becomes a sentence and an exit code."""
+    """Redis of flag, environment or running stack.  Raises LaunchError, also for Redis's own trouble."""
     try:
         settings = load_settings()
         stack = state.read(settings.root)
@@ -380,9 +370,7 @@ def _opened(redis_url: str | None) -> Iterator[Place]:
             raise UsageError("no Redis to ask: start a stack with `cairn up`, or set CAIRN_REDIS_URL")
         with cache_view.connect(url) as client:
             yield Place(url, stack.url if stack else settings.url, client)
-    except LaunchError as exc:
-        give_up(exc)
     except TooManyPins as exc:
-        give_up(UsageError(str(exc)))
+        raise UsageError(str(exc)) from None
     except redis.RedisError as exc:
-        give_up(LaunchError(f"Redis refused or stopped answering ({type(exc).__name__})"))
+        raise LaunchError(f"Redis refused or stopped answering ({type(exc).__name__})") from None

@@ -11,7 +11,7 @@ from typing import cast
 import redis
 
 from cacheengine.config import CacheConfig
-from cacheengine.index import Lease
+from cacheengine.index_schema import Lease
 from cacheengine.keys import ChunkKey
 from cacheengine.tiers.redis import escape
 from cacheengine.wishes import Verb, make, model_of, obeyed_in

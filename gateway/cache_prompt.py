@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from cacheengine.index import Lease
+from cacheengine.index_schema import Lease
 from cacheengine.keys import ChunkKey, KeyScheme
 from cacheengine.wishes import parse_key
 from gateway.ask import Ask

@@ -16,8 +16,8 @@ from cacheengine import frame, redis_url
 from cacheengine.config import ConfigError
 from cacheengine.errors import BadFrame, IndexDown
 from cacheengine.frame import HEADER_BYTES
-from cacheengine.index import DEVICE, DISK, HOST, Fleet, Lease, WorkerInfo
-from cacheengine.index_schema import chunk_name, field_of
+from cacheengine.index_reader import Fleet
+from cacheengine.index_schema import DEVICE, DISK, HOST, Lease, WorkerInfo, chunk_name, field_of
 from cacheengine.keys import ChunkKey, KeyScheme, Namespace
 from cacheengine.tiers.redis import escape
 from cacheengine.wishes import names_of, parse_key

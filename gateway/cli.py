@@ -22,11 +22,12 @@ from gateway.launch import probe, state, status, worker
 from gateway.launch.board import Board
 from gateway.launch.config import DEFAULT_MODEL, LaunchConfig, load_settings
 from gateway.launch.doctor import examine
-from gateway.launch.errors import LaunchError, give_up
+from gateway.launch.errors import Commands
 from gateway.launch.model import Model, prepare
 from gateway.launch.stack import Stack
 
 app = typer.Typer(
+    cls=Commands,
     help="Prefill once, reuse everywhere: a KV-cache-aware gateway and cache for vLLM.",
     no_args_is_help=True,
     add_completion=False,
@@ -67,7 +68,7 @@ def up(
 
     An outside Redis is named by CAIRN_REDIS_URL: an environment variable, because it may hold a password.
     """
-    settings = _settings(
+    settings = load_settings(
         config or os.environ.get(CONFIG_FILE_ENV),
         model=model,
         served_model_name=name,
@@ -79,11 +80,7 @@ def up(
     )
     console = Console(stderr=False)
     stack = Stack(settings, os.environ, Board(console))
-    try:
-        code = stack.run(lambda ready: _greet(console, settings, ready))
-    except LaunchError as exc:
-        give_up(exc)
-    raise typer.Exit(code)
+    raise typer.Exit(stack.run(lambda ready: _greet(console, settings, ready)))
 
 
 @app.command()
@@ -93,11 +90,7 @@ def gateway(
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
 ) -> None:
     """Run the gateway alone, in front of workers that share its Redis (CAIRN_REDIS_URL)."""
-    flags = {
-        name: value
-        for name, value in (("config", config), ("host", host), ("port", port))
-        if value is not None
-    }
+    flags = {"config": config, "host": host, "port": port}
     os.execv(sys.executable, [sys.executable, "-m", "gateway.launch.serve", json.dumps(flags)])
 
 
@@ -145,13 +138,10 @@ def model_prepare(
 @app.command("status")
 def show_status(url: GatewayUrl = None, as_json: AsJson = False) -> None:
     """What the workers are doing and what they hold."""
-    settings = _settings(None)
+    settings = load_settings()
     stack = state.read(settings.root)
     target = url or (stack.url if stack else settings.url)
-    try:
-        rows = status.summary(status.fetch_workers(target))
-    except LaunchError as exc:
-        give_up(exc)
+    rows = status.summary(status.fetch_workers(target))
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -165,7 +155,7 @@ def show_status(url: GatewayUrl = None, as_json: AsJson = False) -> None:
 @app.command("doctor")
 def show_doctor(url: GatewayUrl = None, as_json: AsJson = False) -> None:
     """Check versions, compiler, Redis, disk, workers.  Exit code 1 when something cannot work."""
-    settings = _settings(None)
+    settings = load_settings()
     stack = state.read(settings.root)
     target = url or (stack.url if stack else settings.url)
     redis_url = settings.redis_url or (stack.redis_url if stack else "")
@@ -188,18 +178,8 @@ def config_docs() -> None:
         typer.echo(path)
 
 
-def _settings(file: str | None, **flags: str | int | None) -> LaunchConfig:
-    try:
-        return load_settings(file, **flags)
-    except LaunchError as exc:
-        give_up(exc)
-
-
 def _prepare(model: str) -> Model:
-    try:
-        return prepare(model, _settings(None).root, lambda line: typer.echo(line, err=True))
-    except LaunchError as exc:
-        give_up(exc)
+    return prepare(model, load_settings().root, lambda line: typer.echo(line, err=True))
 
 
 def _greet(console: Console, config: LaunchConfig, model: Model) -> None:

@@ -29,7 +29,7 @@ from gateway.errors import (
 )
 from gateway.handshake import Handshake
 from gateway.metrics import Metrics
-from gateway.proxy import Answer, Client, ClientGone, Headers, Patience, ask_worker, relay
+from gateway.proxy import Client, ClientGone, Headers, Patience, ask_worker, relay
 from gateway.template import Unkeyable
 from gateway.tokenize import ModelTokenizer
 from router.placement import NoWorker as NobodyReady
@@ -199,13 +199,10 @@ class Dispatcher:
                 ticket.first_byte()
                 self._metrics.ttft.labels(exchange.model).observe(time.perf_counter() - exchange.arrived)
                 await relay(answer, client, _explanation(client, placement))
-            self._learn(answer)
+            if (cached := answer.cached_tokens) is not None:
+                self._metrics.actual_hit.inc(cached)
         finally:
             ticket.done()
-
-    def _learn(self, answer: Answer) -> None:
-        if (cached := answer.cached_tokens) is not None:
-            self._metrics.actual_hit.inc(cached)
 
 
 def _keys(

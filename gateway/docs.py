@@ -1,23 +1,23 @@
 """Reference pages written from the code: docs/config.md from fields, docs/metrics.md from declarations.
 
-`python -m gateway.docs` writes them; a test compares.  Metrics are read from the source, not from objects:
-a page must not depend on what happens to be importable where it is written.
+`python -m gateway.docs` writes them; a test compares.
 """
 
-import ast
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics import MetricWrapperBase
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
 from cacheengine.config import ALIASES, ENV_PREFIX, CacheConfig, Config
+from cacheengine.metrics import METRICS
 from gateway.config import GatewayConfig
 from gateway.launch.config import LaunchConfig
+from gateway.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
 SECTIONS: tuple[tuple[str, str, type[Config]], ...] = (
@@ -25,12 +25,6 @@ SECTIONS: tuple[tuple[str, str, type[Config]], ...] = (
     ("The gateway", "`cairn gateway`", GatewayConfig),
     ("The cache engine", "each vLLM worker (`cairn worker`, or `kv_connector_extra_config`)", CacheConfig),
 )
-METRIC_FILES = (
-    ("The gateway", "gateway/metrics.py"),
-    ("The cache engine, in vLLM's own /metrics", "cacheengine/metrics.py"),
-)
-_DECLARED = "Metric"  # the engine's table: Metric(name, kind, help, labels)
-_KINDS = {"counter": "counter", "gauge": "gauge", "histogram": "histogram", "summary": "summary"}
 _NOTE = "<!-- written by `make docs`; edit the code instead -->"
 
 
@@ -38,7 +32,6 @@ def write() -> list[Path]:
     """Write both pages; returns their paths."""
     pages = {ROOT / "docs" / "config.md": config_page(), ROOT / "docs" / "metrics.md": metrics_page()}
     for path, text in pages.items():
-        path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     return list(pages)
 
@@ -76,11 +69,9 @@ def config_page() -> str:
 def default_of(field: FieldInfo) -> str:
     """The default as a person would write it."""
     value = field.get_default(call_default_factory=True)
-    if field.annotation is ByteSize or isinstance(value, ByteSize):
+    if isinstance(value, ByteSize):
         return f"`{_size(int(value))}`"
-    if isinstance(value, Enum):
-        value = value.value
-    if value in ("", None, [], (), {}):
+    if value in ("", []):
         return "empty"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
@@ -104,61 +95,27 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One declaration, as its source has it."""
-
-    name: str
-    kind: str
-    help: str
-    labels: tuple[str, ...]
-
-
 def metrics_page() -> str:
     lines = ["# Metrics", "", _NOTE, "", "Prometheus names; a histogram adds `_bucket`, `_sum` and `_count`."]
-    for title, file in METRIC_FILES:
-        path = ROOT / file
-        if not path.exists():
-            continue
-        lines += ["", f"## {title}", "", "| metric | type | labels | meaning |", "|---|---|---|---|"]
-        for metric in sorted(declarations(path.read_text()), key=lambda m: m.name):
-            labels = ", ".join(f"`{label}`" for label in metric.labels) or "–"
-            lines.append(f"| `{metric.name}` | {metric.kind} | {labels} | {_cell(metric.help)} |")
+    lines += _metrics_table("The gateway", _gateway_metrics())
+    lines += _metrics_table("The cache engine, in vLLM's own /metrics", METRICS)
     return "\n".join(lines) + "\n"
 
 
-def declarations(source: str) -> Iterator[Metric]:
-    """Every `Counter("name", "help", ["label"], …)` or `Metric("name", "counter", "help", …)` of a module."""
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call):
-            continue
-        if isinstance(node.func, ast.Name) and node.func.id == _DECLARED:
-            name, kind, text, *labels = (ast.literal_eval(argument) for argument in node.args)
-            yield Metric(name, kind, text, tuple(labels[0]) if labels else ())
-        elif kind := _kind(node.func):
-            given = dict(zip(("name", "documentation", "labelnames"), node.args, strict=False))
-            given |= {word.arg: word.value for word in node.keywords if word.arg}
-            name, text = _literal(given.get("name")), _literal(given.get("documentation"))
-            names = _literal(given.get("labelnames"))
-            if isinstance(name, str) and isinstance(text, str):
-                if kind == "counter" and not name.endswith("_total"):
-                    name += "_total"
-                yield Metric(name, kind, text, tuple(names) if isinstance(names, list | tuple) else ())
+def _metrics_table(title: str, metrics: Iterable[tuple[str, str, str, Iterable[str]]]) -> Iterator[str]:
+    yield from ("", f"## {title}", "", "| metric | type | labels | meaning |", "|---|---|---|---|")
+    for name, kind, text, labels in sorted(metrics):
+        named = ", ".join(f"`{label}`" for label in labels) or "–"
+        yield f"| `{name}` | {kind} | {named} | {_cell(text)} |"
 
 
-def _kind(func: ast.expr) -> str:
-    """`Counter`, `prom.Gauge` … are metric classes; empty for any other call."""
-    called = func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
-    return _KINDS.get(called.lower(), "")
-
-
-def _literal(node: ast.expr | None) -> object:
-    if node is None:
-        return None
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return None
+def _gateway_metrics() -> Iterator[tuple[str, str, str, Iterable[str]]]:
+    """Name, type, meaning and labels of each."""
+    for declared in vars(Metrics(CollectorRegistry())).values():
+        if isinstance(declared, MetricWrapperBase):
+            (about,) = declared.describe()
+            name = about.name + ("_total" if about.type == "counter" else "")
+            yield name, about.type, about.documentation, declared._labelnames
 
 
 if __name__ == "__main__":

@@ -80,9 +80,8 @@ class Upstream(GatewayError):
     status, kind, code = 502, "server_error", "upstream_error"
     sentence = "The worker closed the connection before its answer was complete."
 
-    def __init__(self, url: str, cause: object = "") -> None:
+    def __init__(self, cause: object = "") -> None:
         super().__init__(self.sentence)
-        self.url = url
         self.cause = cause
 
 

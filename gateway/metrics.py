@@ -4,6 +4,7 @@ Labels are bounded: models and workers are those the fleet registry knows, never
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -17,20 +18,9 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self._requests(registry)
-        self._routing(registry)
-
-    def decided(self, decision: Mapping[str, Any]) -> None:
-        """The router's decision log, as it is written."""
-        if decision["index"] != "unused":
-            self.index_lookup.observe(decision["lookup_ms"] / 1000)
-        if decision["index"] == "down":
-            self.index_down.inc()
-
-    def _requests(self, registry: CollectorRegistry) -> None:
-        self.requests = Counter(
-            "cairn_gateway_requests", "Requests answered.", ["model", "route", "status"], registry=registry
-        )
+        counter = partial(Counter, registry=registry)
+        seconds = partial(Histogram, buckets=_FAST, registry=registry)
+        self.requests = counter("cairn_gateway_requests", "Requests answered.", ["model", "route", "status"])
         self.ttft = Histogram(
             "cairn_gateway_ttft_seconds",
             "Request received to first byte from the worker.",
@@ -41,56 +31,36 @@ class Metrics:
         self.inflight = Gauge(
             "cairn_gateway_inflight_requests", "Requests being carried now.", registry=registry
         )
-        self.retries = Counter(
-            "cairn_gateway_retries",
-            "Attempts after the first, by what ended the one before.",
-            ["cause"],
-            registry=registry,
+        self.retries = counter(
+            "cairn_gateway_retries", "Attempts after the first, by what ended the one before.", ["cause"]
         )
-        self.aborts = Counter(
-            "cairn_gateway_aborts", "Requests whose client hung up before the end.", registry=registry
+        self.aborts = counter("cairn_gateway_aborts", "Requests whose client hung up before the end.")
+        self.broken = counter("cairn_gateway_broken_streams", "Answers a worker stopped in the middle.")
+        self.decisions = counter("cairn_router_decisions", "Placements used.", ["policy", "reason", "worker"])
+        self.predicted_hit = counter(
+            "cairn_router_predicted_hit_tokens", "Prompt tokens the router expected in a cache."
         )
-        self.broken = Counter(
-            "cairn_gateway_broken_streams", "Answers a worker stopped in the middle.", registry=registry
-        )
-
-    def _routing(self, registry: CollectorRegistry) -> None:
-        self.decisions = Counter(
-            "cairn_router_decisions", "Placements used.", ["policy", "reason", "worker"], registry=registry
-        )
-        self.predicted_hit = Counter(
-            "cairn_router_predicted_hit_tokens",
-            "Prompt tokens the router expected in a cache.",
-            registry=registry,
-        )
-        self.actual_hit = Counter(
+        self.actual_hit = counter(
             "cairn_router_actual_hit_tokens",
             "Prompt tokens workers reported as cached (vLLM needs --enable-prompt-tokens-details).",
-            registry=registry,
         )
-        self.unkeyed = Counter(
-            "cairn_gateway_unkeyed_requests",
-            "Requests routed without chunk keys, by why.",
-            ["reason"],
-            registry=registry,
+        self.unkeyed = counter(
+            "cairn_gateway_unkeyed_requests", "Requests routed without chunk keys, by why.", ["reason"]
         )
-        self.index_lookup = Histogram(
-            "cairn_index_lookup_seconds", "Round trip to the chunk index.", buckets=_FAST, registry=registry
+        self.index_lookup = seconds("cairn_index_lookup_seconds", "Round trip to the chunk index.")
+        self.index_down = counter(
+            "cairn_index_down", "Decisions made without the chunk index, which did not answer."
         )
-        self.index_down = Counter(
-            "cairn_index_down",
-            "Decisions made without the chunk index, which did not answer.",
-            registry=registry,
-        )
-        self.tokenize_seconds = Histogram(
-            "cairn_tokenize_seconds",
-            "Chat template, tokenizer and chunk keys.",
-            buckets=_FAST,
-            registry=registry,
-        )
-        self.mismatch = Counter(
+        self.tokenize_seconds = seconds("cairn_tokenize_seconds", "Chat template, tokenizer and chunk keys.")
+        self.mismatch = counter(
             "cairn_handshake_mismatch",
             "Workers whose chunk keys or token ids are not ours; routed by hash only.",
             ["kind"],
-            registry=registry,
         )
+
+    def decided(self, decision: Mapping[str, Any]) -> None:
+        """The router's decision log, as it is written."""
+        if decision["index"] != "unused":
+            self.index_lookup.observe(decision["lookup_ms"] / 1000)
+        if decision["index"] == "down":
+            self.index_down.inc()

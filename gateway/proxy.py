@@ -10,7 +10,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import httpx
 from starlette.types import Message, Receive, Scope, Send
@@ -137,14 +137,13 @@ class Patience:
 class Answer:
     """A worker's answer with its first body bytes in hand."""
 
-    url: str
     status: int
     headers: Headers
     first: bytes
     rest: AsyncIterator[bytes]
     timer: asyncio.Timeout
     idle: float
-    tail: bytes = field(default=b"")  # the last bytes relayed
+    tail: bytes = b""  # the last bytes relayed
 
     @property
     def cached_tokens(self) -> int | None:
@@ -179,22 +178,22 @@ async def ask_worker(
         async with asyncio.timeout(patience.first_byte) as timer:
             response = await transport.handle_async_request(request)
             if response.status_code == 503:
-                raise Busy(base_url)
+                raise Busy
             stream = response.stream
             assert isinstance(stream, httpx.AsyncByteStream)
             rest = aiter(stream)
             first = await anext(rest, b"")
             back = [(key.lower(), value) for key, value in response.headers.raw]
             back = [(key, value) for key, value in back if key not in _NOT_RETURNED]
-            yield Answer(base_url, response.status_code, back, first, rest, timer, patience.idle)
+            yield Answer(response.status_code, back, first, rest, timer, patience.idle)
     except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
-        raise Unreachable(base_url, exc) from exc
+        raise Unreachable(exc) from exc
     except httpx.LocalProtocolError as exc:
         raise BadRequest("A header of this request cannot be forwarded.") from exc
     except TimeoutError as exc:
-        raise TooSlow(base_url, exc) from exc
+        raise TooSlow(exc) from exc
     except httpx.TransportError as exc:
-        raise Upstream(base_url, exc) from exc
+        raise Upstream(exc) from exc
     finally:
         if response is not None:
             await response.aclose()

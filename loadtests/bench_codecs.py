@@ -216,16 +216,18 @@ def main() -> int:
     ids = Tokenizer.from_file(str(path / "tokenizer.json")).encode(MANUAL, add_special_tokens=False).ids
     prompts = slices(ids, 4 if quick else 30, PREFIX + TAIL)
     codecs = {name: make(PAGE) for name, make in CODECS.items()}
-    lossy = [codec for codec in codecs.values() if not codec.exact]
     torch.set_num_threads(1)  # small steps: threads would mostly wait for each other on a busy machine
-    rates = speeds(lossy, 60 if quick else 300)
-    ways: dict[str, Way] = {name: through(codec) for name, codec in codecs.items()}
+    rates = speeds(list(codecs.values()), 60 if quick else 300)
+    ways: dict[str, Way] = {"raw": lambda kv: from_slot(to_slot(kv))}
+    ways |= {name: through(codec) for name, codec in codecs.items()}
     with torch.inference_mode():
         quality = compare(
             Model(path), prompts, {**ways, "e4m3, no scale": unscaled, "e4m3, amax / 448": by_amax}
         )
 
-    ratio = {name: codec.encoded_bytes(CHUNK_BYTES) / CHUNK_BYTES for name, codec in codecs.items()}
+    ratio = {name: codec.encoded_bytes(CHUNK_BYTES) / CHUNK_BYTES for name, codec in codecs.items()} | {
+        "raw": 1.0
+    }
     shown = table(
         f"{len(prompts)} prompts, {CONTINUE} positions each, after {PREFIX} tokens of coded KV",
         ("bytes", "KL mean", "KL of prompts", "KL p99", "agrees", "max error"),

@@ -7,7 +7,6 @@ stale, as long as its /health answers.
 """
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from typing import Any
 import httpx
 
 from cacheengine.errors import IndexDown
-from cacheengine.index import Fleet
+from cacheengine.index_reader import Fleet
 from cacheengine.keys import KeyScheme
 from router.worker import StaticWorker, Worker, from_lease, from_static, majority_scheme
 
@@ -52,21 +51,7 @@ class Registry:
         self._on_leave = on_leave
         self._known = {w.id: _Known(w, leased=False) for w in map(from_static, static)}
         self._distrusted: set[tuple[str, str]] = set()  # (worker id, boot id)
-        self._task: asyncio.Task[None] | None = None
         self._ready: tuple[Worker, ...] = ()
-
-    async def start(self) -> None:
-        """Look once, then every `interval` seconds."""
-        await self.refresh()
-        self._task = asyncio.create_task(self._run(), name="cairn-registry")
-
-    async def close(self) -> None:
-        """Idempotent."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
 
     def snapshot(self) -> tuple[Worker, ...]:
         """Every worker that takes traffic now, by id."""
@@ -131,7 +116,8 @@ class Registry:
             known.ready = healthy
         self._publish()
 
-    async def _run(self) -> None:
+    async def run(self) -> None:
+        """Look every `interval` seconds, for ever."""
         while True:
             await asyncio.sleep(self._interval)
             try:

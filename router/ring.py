@@ -9,12 +9,9 @@ class Ring:
     """Immutable.  One worker more or less moves 1/N of the keys."""
 
     def __init__(self, worker_ids: Iterable[str]) -> None:
-        self.members = tuple(sorted(set(worker_ids)))
-        self._ring = HashRing(nodes=list(self.members))
+        members = sorted(set(worker_ids))
+        self._ring, self._size = HashRing(nodes=members), len(members)
 
-    def order(self, key: bytes, n: int | None = None) -> list[str]:
-        """The first `n` (default: all) workers for this key, best first."""
-        if not self.members:
-            return []
-        size = len(self.members) if n is None else min(n, len(self.members))
-        return [node["nodename"] for node in self._ring.range(key.hex(), size)] if size else []
+    def order(self, key: bytes) -> list[str]:
+        """All workers for this key, best first."""
+        return [node["nodename"] for node in self._ring.range(key.hex(), self._size)]

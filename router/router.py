@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from cacheengine.errors import IndexDown
-from cacheengine.index import NOTHING, Depths, IndexReader
+from cacheengine.index_reader import IndexReader
+from cacheengine.index_schema import NOTHING, Depths
 from cacheengine.keys import ChunkKey, digest
 from router.load import LoadBoard
 from router.pending import PendingPrefixes

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cacheengine.index import Lease, WorkerInfo
+from cacheengine.index_schema import Lease, WorkerInfo
 from cacheengine.keys import KeyScheme, Namespace, probe_keys
 
 
@@ -44,7 +44,6 @@ class Worker:
     chunk_tokens: int = 0
     epoch: int = 0  # of its present life in the index
     boot_id: str = ""  # of its process
-    block_size: int = 0
     token_bytes: float = 0  # KV bytes of one token, all ranks together
     tiers: tuple[str, ...] = ()
     trusted: bool = False  # it names chunks as we do (handshake)
@@ -75,7 +74,6 @@ def from_lease(lease: Lease) -> Worker:
         chunk_tokens=info.chunk_tokens,
         epoch=info.epoch,
         boot_id=info.boot_id,
-        block_size=info.block_size,
         token_bytes=info.payload_bytes / info.chunk_tokens,
         tiers=info.tiers,
         trusted=_same_keys(info, scheme),

@@ -11,9 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PRODUCT = ("cacheengine", "router", "gateway")
 WORDS = {"cacheengine.keys", "cacheengine.errors", "cacheengine.config"}
-INDEX = {
-    f"cacheengine.{name}" for name in ("index", "index_schema", "index_reader", "index_writer", "wishes")
-}
+INDEX = {f"cacheengine.{name}" for name in ("index_schema", "index_reader", "index_writer", "wishes")}
 
 # Who may import whom, lowest first; the longest matching prefix decides.
 MAY_IMPORT = {
@@ -31,7 +29,6 @@ MAY_IMPORT = {
     "cacheengine.store": {
         "cacheengine.evict", "cacheengine.holdings", "cacheengine.plan", "cacheengine.shelf", *WORDS,
     },
-    "cacheengine.index": {*INDEX, *WORDS},
     "cacheengine.index_schema": WORDS,
     "cacheengine.index_reader": {"cacheengine.redis_url", *INDEX, *WORDS},
     "cacheengine.index_writer": {"cacheengine.redis_url", *INDEX, *WORDS},

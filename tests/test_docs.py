@@ -32,17 +32,3 @@ def test_every_dependency_says_why_it_is_here():
     ]
     page = (docs.ROOT / "docs" / "dependencies.md").read_text()
     assert [name for d in wanted if f"`{(name := d.partition('==')[0])}`" not in page] == []
-
-
-def test_metric_declarations_are_read_from_source():
-    source = """
-Counter("a", "Counts.", ["x"])
-prom.Gauge("b", "Level.")
-Metric("c_total", "counter", "Table.", ("y",))
-"""
-    found = [(m.name, m.kind, m.help, m.labels) for m in docs.declarations(source)]
-    assert sorted(found) == [
-        ("a_total", "counter", "Counts.", ("x",)),
-        ("b", "gauge", "Level.", ()),
-        ("c_total", "counter", "Table.", ("y",)),
-    ]

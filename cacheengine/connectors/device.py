@@ -56,9 +56,6 @@ class DeviceMap:
         """Something left, and nobody was told yet."""
         return bool(self._reused or self._changed)
 
-    def holds(self, key: ChunkKey) -> bool:
-        return key in self._claims
-
     def step(self, scheduled: Iterable[Scheduled], keys_of: Callable[[str], Sequence[ChunkKey]]) -> None:
         """Note the chunks this step completes or finds cached."""
         n, seen = self._n, self._seen

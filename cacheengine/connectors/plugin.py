@@ -6,11 +6,10 @@ MultiConnector and the stats path look connectors up in the registry only, so th
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-NAME = "CairnConnector"
-MODULE = "cacheengine.connectors.vllm"
+from cacheengine.offline import CONNECTOR, CONNECTOR_MODULE
 
 
 def register() -> None:
     """Idempotent: vLLM may load plugins more than once per process."""
-    if NAME not in KVConnectorFactory._registry:
-        KVConnectorFactory.register_connector(NAME, MODULE, NAME)
+    if CONNECTOR not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, CONNECTOR)

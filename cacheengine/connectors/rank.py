@@ -28,8 +28,7 @@ class RankHalf:
     """Called by the model runner's thread only."""
 
     def __init__(self, layout: KVLayout, config: CacheConfig, model: str, rank: int, world: int) -> None:
-        self._layout, self._config = layout, config
-        self._model, self._rank, self._world = model, rank, world
+        self._layout, self._config, self._rank = layout, config, rank
         self._mover: Mover | None = None
         lower = list(lower_tiers(config, layout, model, rank, world))
         self._tiers = {tier.name: tier for tier, _ in lower}

@@ -7,7 +7,6 @@ device that fails costs the chunks it holds.  Checksums are computed while the n
 
 import errno
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -181,7 +180,6 @@ class DiskTier:
     def read(self, refs: Sequence[Ref], into: Sequence[memoryview]) -> int:
         jobs = self._jobs(refs, into)
         filled = nbytes = 0
-        started = time.perf_counter()
         try:
             with closing(self._ahead(self._readers, self._get, jobs, len(jobs))) as arrived:
                 for job, got in zip(jobs, arrived, strict=True):
@@ -192,14 +190,12 @@ class DiskTier:
         except TierDown:
             if not filled:
                 raise
-        seconds = time.perf_counter() - started
-        self.stats.add(hits=filled, misses=int(filled < len(refs)), bytes_read=nbytes, read_seconds=seconds)
+        self.stats.add(hits=filled, misses=int(filled < len(refs)), bytes_read=nbytes)
         return filled
 
     def write(self, refs: Sequence[Ref], data: Sequence[memoryview]) -> int:
         jobs = self._jobs(refs, data)
         kept = nbytes = 0
-        started = time.perf_counter()
         try:
             with closing(self._ahead(self._writers, self._put, map(self._frame, jobs), len(jobs))) as done:
                 for job, whole in zip(jobs, done, strict=True):
@@ -210,7 +206,7 @@ class DiskTier:
         except TierDown:
             if not kept:
                 raise
-        self.stats.add(bytes_written=nbytes, write_seconds=time.perf_counter() - started)
+        self.stats.add(bytes_written=nbytes)
         return kept
 
     def drop(self, refs: Sequence[Ref]) -> None:

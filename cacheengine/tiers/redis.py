@@ -97,7 +97,6 @@ class RedisTier:
         if not refs:
             return 0
         filled: list[FrameInfo] = []
-        started = time.perf_counter()
         try:
             with self._session(sum(map(len, into))) as session:
                 end = self._fill(session, refs, into, filled)
@@ -116,7 +115,6 @@ class RedisTier:
                 hits=len(filled),
                 misses=int(len(filled) < len(refs)),
                 bytes_read=sum(info.length for info in filled),
-                read_seconds=time.perf_counter() - started,
             )
         return len(filled)
 
@@ -124,7 +122,6 @@ class RedisTier:
         self._check(refs, data)
         if not refs:
             return 0
-        started = time.perf_counter()
         with self._session(sum(map(len, data))) as session:
             asked = [(name, (b"EXISTS", name)) for ref in refs for name in self._names(ref.key)]
             tickets = session.ask(asked + self._renewals(refs))
@@ -134,10 +131,7 @@ class RedisTier:
             done, refusal = self._put(
                 session, (self._commands(refs[i], data[i]) if i else first for i in todo)
             )
-            self.stats.add(
-                bytes_written=sum(len(data[i]) for i in todo[:done]),
-                write_seconds=time.perf_counter() - started,
-            )
+            self.stats.add(bytes_written=sum(len(data[i]) for i in todo[:done]))
             if refusal:
                 self._forget(session, [refs[todo[done]]])
                 return self._refused(todo[done], refusal)

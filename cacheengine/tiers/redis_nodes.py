@@ -31,12 +31,14 @@ class Topology(Protocol):
 
     def distrust(self) -> None:
         """What is known may be outdated: ask again before the next answer."""
+        return None
 
     def moved(self, error: ErrorReply) -> tuple[Address, bool] | None:
         """Where a refusal sends us, and whether only for this once (-ASK).  None: it is no redirect."""
+        return None
 
 
-class One:
+class One(Topology):
     """A server that is always the same."""
 
     def __init__(self, url: RedisUrl) -> None:
@@ -46,14 +48,8 @@ class One:
     def find(self, name: bytes, deadline: float) -> Address:
         return self._address
 
-    def distrust(self) -> None:
-        return None
 
-    def moved(self, error: ErrorReply) -> tuple[Address, bool] | None:
-        return None
-
-
-class Master:
+class Master(Topology):
     """The master of a service, as the first Sentinel that answers names it."""
 
     def __init__(self, url: RedisUrl) -> None:
@@ -72,9 +68,6 @@ class Master:
     def distrust(self) -> None:
         self._master = None
 
-    def moved(self, error: ErrorReply) -> tuple[Address, bool] | None:
-        return None
-
     def _named(self, sentinel: Address, timeout: float) -> Address:
         question = (b"SENTINEL", b"get-master-addr-by-name", self._url.service.encode())
         match _ask(sentinel, timeout, question):
@@ -85,7 +78,7 @@ class Master:
         raise TierDown(f"sentinel {sentinel.where} does not know service {self._url.service}")
 
 
-class Cluster:
+class Cluster(Topology):
     """The slot map of a Cluster, from CLUSTER SLOTS of any node; masters only."""
 
     def __init__(self, url: RedisUrl) -> None:

@@ -127,9 +127,8 @@ class Session:
         self._pool = pool
         self._deadline = deadline
         self._lanes: dict[Address, _Lane] = {}
-        self._redirected: dict[
-            bytes, tuple[Address, bool]
-        ] = {}  # key → its node, and whether it needs ASKING
+        # key → its node, and whether it needs ASKING
+        self._redirected: dict[bytes, tuple[Address, bool]] = {}
         self._doubt = False
 
     def ask(self, asks: Sequence[tuple[bytes, Command]]) -> list[Ticket]:
@@ -137,10 +136,8 @@ class Session:
         tickets: list[Ticket] = []
         outgoing: dict[_Lane, list[Command]] = {}
         for name, command in asks:
-            address, once = self._redirected.get(name) or (
-                self._pool.topology.find(name, self._deadline),
-                False,
-            )
+            known = self._redirected.get(name)
+            address, once = known or (self._pool.topology.find(name, self._deadline), False)
             lane = self._lane(address)
             batch = outgoing.setdefault(lane, [])
             if once:

@@ -14,11 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cacheengine.errors import TierDown
-from cacheengine.redis_url import Address, address_of
+from cacheengine.redis_url import Address
 
-_BUFFER_BYTES = (
-    16 << 10
-)  # of replies read ahead; payload that lands here is copied once more, so keep it small
+_BUFFER_BYTES = 16 << 10  # of replies read ahead; payload that lands here is copied twice: keep it small
 _SCRATCH_BYTES = 256 << 10  # for replies nobody wants
 _MAX_BULK = 512 << 20  # Redis' own proto-max-bulk-len
 _MAX_SMALL = 1 << 20  # of what reply() returns as one object
@@ -67,8 +65,8 @@ class Connection:
     `deadline` (time.monotonic seconds) bounds whatever happens next; the owner moves it before each batch.
     """
 
-    def __init__(self, url: str | Address, timeout: float) -> None:
-        self._address = url if isinstance(url, Address) else address_of(url)
+    def __init__(self, address: Address, timeout: float) -> None:
+        self._address = address
         self.deadline = time.monotonic() + timeout
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)

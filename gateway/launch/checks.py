@@ -5,9 +5,10 @@ Every check is a question answered from facts of the machine; the facts are read
 
 import shutil
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
+from cacheengine.build import CPU_LIBRARY, compiler
 from cacheengine.config import ConfigError
 from cacheengine.redis_url import DOWN, client
 from gateway.launch.config import LaunchConfig
@@ -15,8 +16,6 @@ from gateway.launch.errors import LaunchError
 
 GIB = 1 << 30
 WORKER_BYTES = 3 * GIB  # one vLLM CPU worker with 1 GiB of KV cache: processes, weights, workspaces
-NATIVE = Path(__file__).parents[2] / "cacheengine" / "_kvops.so"
-COMPILERS = ("g++", "clang++", "c++")
 _LISTEN = "0A"
 
 
@@ -27,7 +26,7 @@ def preflight(config: LaunchConfig) -> None:
             raise LaunchError(port_sentence(port, port_owner(port)))
     if sentence := memory_sentence(config, available_memory()):
         raise LaunchError(sentence)
-    if sentence := native_sentence(NATIVE.exists(), compiler()):
+    if sentence := native_sentence(CPU_LIBRARY.exists(), compiler()):
         raise LaunchError(sentence)
     if sentence := disk_sentence(config, disk_free(config.root)):
         raise LaunchError(sentence)
@@ -112,11 +111,6 @@ def memory_sentence(config: LaunchConfig, available: int | None) -> str:
         f"{config.worker_count} worker(s) need about {needed / GIB:.0f} GiB of memory and "
         f"{available / GIB:.1f} GiB are available; use fewer WORKERS, or UP_ARGS='--host-bytes 512MiB'"
     )
-
-
-def compiler(find: Callable[[str], str | None] = shutil.which) -> str:
-    """Path of a C++ compiler, empty when there is none."""
-    return next((path for name in COMPILERS if (path := find(name))), "")
 
 
 def native_sentence(built: bool, compiler_path: str) -> str:

@@ -75,9 +75,8 @@ def check_vllm(versions: Mapping[str, str]) -> Finding:
     if not torch:
         return Finding("vllm", "fail", detail, "run `make install`: vLLM cannot start without torch")
     if not vllm.startswith(f"{WANTED_VLLM}."):
-        return Finding(
-            "vllm", "fail", detail, f"install vLLM {WANTED_VLLM}: its connector interface changes often"
-        )
+        fix = f"install vLLM {WANTED_VLLM}: its connector interface changes often"
+        return Finding("vllm", "fail", detail, fix)
     return Finding("vllm", "ok", detail)
 
 
@@ -130,14 +129,8 @@ def check_valkey(version: str) -> Finding:
 
 def check_redis(info: Mapping[str, Any] | None, error: str) -> list[Finding]:
     if error:
-        return [
-            Finding(
-                "redis",
-                "fail",
-                error,
-                "start it, or correct REDIS_URL; until then routing is by hashing only",
-            )
-        ]
+        fix = "start it, or correct REDIS_URL; until then routing is by hashing only"
+        return [Finding("redis", "fail", error, fix)]
     if info is None:
         return [Finding("redis", "ok", "no stack is running and REDIS_URL is not set")]
     kind = "valkey" if info.get("valkey_version") else "redis"
@@ -156,9 +149,8 @@ def check_redis(info: Mapping[str, Any] | None, error: str) -> list[Finding]:
     elif policy in ("allkeys-lru", "allkeys-lfu", "volatile-lru", "volatile-lfu"):
         found.append(Finding("redis memory", "ok", f"limit {limit / GIB:.1f} GiB, {policy}"))
     else:
-        found.append(
-            Finding("redis memory", "warn", f"policy {policy}", "CONFIG SET maxmemory-policy allkeys-lru")
-        )
+        fix = "CONFIG SET maxmemory-policy allkeys-lru"
+        found.append(Finding("redis memory", "warn", f"policy {policy}", fix))
     return found
 
 
@@ -177,17 +169,11 @@ def check_policies(policies: Mapping[int, str]) -> list[Finding]:
 
 def check_workers(url: str, workers: Sequence[Mapping[str, Any]] | None) -> list[Finding]:
     if workers is None:
-        return [
-            Finding(
-                "gateway", "warn", f"none answers at {url}", "start one with `make up`, or name it with --url"
-            )
-        ]
+        fix = "start one with `make up`, or name it with --url"
+        return [Finding("gateway", "warn", f"none answers at {url}", fix)]
     if not workers:
-        return [
-            Finding(
-                "gateway", "fail", f"{url} knows no worker", "see the workers' logs; do they share its Redis?"
-            )
-        ]
+        fix = "see the workers' logs; do they share its Redis?"
+        return [Finding("gateway", "fail", f"{url} knows no worker", fix)]
     return [
         Finding("gateway", "ok", f"{url}, {len(workers)} worker(s)"),
         *(check_handshake(worker) for worker in workers),

@@ -1,10 +1,11 @@
 """What a person is told when something cannot go on: one sentence, and where to look."""
 
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 
 class LaunchError(Exception):
@@ -24,7 +25,18 @@ class UsageError(LaunchError):
     code = 2
 
 
-def give_up(error: LaunchError) -> NoReturn:
+class Commands(TyperGroup):
+    """A LaunchError out of any command becomes its sentence and its exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LaunchError as exc:
+            _print(exc)
+            raise typer.Exit(exc.code) from None
+
+
+def _print(error: LaunchError) -> None:
     """The last lines of the log first, the sentence last: that is where eyes rest."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     if error.tail:
@@ -32,4 +44,3 @@ def give_up(error: LaunchError) -> NoReturn:
     if error.log:
         console.print(f"log: {error.log}", markup=False)
     console.print(f"cairn: {error}", style="bold red", markup=False)
-    raise typer.Exit(error.code)

@@ -9,9 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cacheengine.build import CPU_LIBRARY, compiler
 from cacheengine.config import ConfigError
 from cacheengine.redis_url import DOWN, client
-from gateway.launch.checks import NATIVE, compiler, disk_free
+from gateway.launch.checks import disk_free
 from gateway.launch.doctor import Facts
 from gateway.launch.errors import LaunchError
 from gateway.launch.status import fetch_workers
@@ -26,7 +27,7 @@ def gather(root: Path, gateway_url: str, redis_url: str, env: Mapping[str, str])
         python=sys.version_info[:2],
         versions=versions(),
         compiler=compiler(),
-        native_built=NATIVE.exists(),
+        native_built=CPU_LIBRARY.exists(),
         cores=len(os.sched_getaffinity(0)),
         reserved_cores=env.get("VLLM_CPU_NUM_OF_RESERVED_CPU", ""),
         home=str(root),

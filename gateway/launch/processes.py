@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +43,8 @@ class Guard:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "gateway.launch.guard"], stdin=subprocess.PIPE, start_new_session=True
         )
+        assert self._process.stdin is not None
+        self._pipe = self._process.stdin
 
     def add(self, group: int) -> None:
         self._say(f"+{group}\n")
@@ -51,20 +53,14 @@ class Guard:
         self._say(f"-{group}\n")
 
     def _say(self, line: str) -> None:
-        pipe = self._process.stdin
-        if pipe is None or pipe.closed:
-            return
-        try:
-            pipe.write(line.encode())
-            pipe.flush()
-        except BrokenPipeError:  # somebody killed the guard: we still stop our children ourselves
-            return
+        with contextlib.suppress(BrokenPipeError):  # somebody killed it: we still stop our children ourselves
+            self._pipe.write(line.encode())
+            self._pipe.flush()
 
     def close(self) -> None:
         """Idempotent.  Whatever was not removed is stopped by the guard."""
-        if self._process.stdin is not None and not self._process.stdin.closed:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe.close()
         self._process.wait()
 
 
@@ -114,11 +110,9 @@ class Child:
         if self._guard:
             self._guard.add(process.pid)
         if process.stdin:
-            try:
+            with contextlib.suppress(BrokenPipeError):  # it died before reading; the exit code tells
                 process.stdin.write(spec.stdin)
                 process.stdin.close()
-            except BrokenPipeError:  # it died before reading; the exit code tells
-                pass
 
     def exit_code(self) -> int | None:
         """None while it runs (or was never started)."""
@@ -190,10 +184,8 @@ def died(code: int) -> str:
 
 def kill_group(group: int, sig: int = signal.SIGKILL) -> None:
     """Signal every process of a group; nobody left is fine."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, sig)
-    except ProcessLookupError:
-        return
 
 
 def group_alive(group: int) -> bool:
@@ -206,26 +198,22 @@ def group_alive(group: int) -> bool:
     return True
 
 
-def wait_until_gone(group: int, seconds: float) -> bool:
-    """True when no process of the group is left within `seconds`."""
+def wait_until_gone(group: int, seconds: float) -> None:
+    """Until no process of the group is left, at most `seconds`."""
     end = time.monotonic() + seconds
-    while group_alive(group):
-        if time.monotonic() > end:
-            return False
+    while group_alive(group) and time.monotonic() <= end:
         time.sleep(_POLL_SECONDS)
-    return True
 
 
 def stop_all(
-    children: Iterable[Child],
+    children: Sequence[Child],
     grace_seconds: float | None = None,
     hurried: Callable[[], bool] = lambda: False,
 ) -> None:
     """Stop several at once: all are asked first, so their graces overlap."""
-    asked = list(children)
-    for child in asked:
+    for child in children:
         child.terminate()
-    for child in asked:
+    for child in children:
         child.stop(grace_seconds, hurried)
 
 

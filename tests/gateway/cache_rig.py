@@ -4,7 +4,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from cacheengine.index import Entry, IndexWriter, WorkerInfo
+from cacheengine.index_schema import Entry, WorkerInfo
+from cacheengine.index_writer import IndexWriter
 from cacheengine.keys import ChunkKey, KeyScheme, namespace_of, probe_keys
 from cacheengine.plan import HOST, NO_PARENT, REDIS, Want
 from cacheengine.store import Store

@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from cacheengine.index import HOST, Entry, IndexWriter, WorkerInfo
+from cacheengine.index_schema import HOST, Entry, WorkerInfo
+from cacheengine.index_writer import IndexWriter
 from cacheengine.keys import ChunkKey, KeyScheme, Namespace, probe_keys
 from gateway.app import create_app
 from gateway.ask import Ask

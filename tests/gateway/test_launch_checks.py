@@ -3,6 +3,7 @@
 import os
 import socket
 
+from cacheengine.build import compiler
 from gateway.launch import checks
 from gateway.launch.config import LaunchConfig
 
@@ -48,8 +49,8 @@ def test_a_missing_compiler_is_said_before_a_missing_build():
 
 
 def test_any_known_compiler_will_do():
-    assert checks.compiler(lambda name: "/opt/clang++" if name == "clang++" else None) == "/opt/clang++"
-    assert checks.compiler(lambda name: None) == ""
+    assert compiler(lambda name: "/opt/clang++" if name == "clang++" else None) == "/opt/clang++"
+    assert compiler(lambda name: None) == ""
 
 
 def test_the_disk_tier_must_fit_and_old_files_count_as_room(tmp_path):

@@ -96,5 +96,5 @@ def test_something_that_is_no_redis_url_is_a_sentence():
 
 def test_the_note_of_a_stack_is_for_its_owner_only(tmp_path):
     with state.owned(tmp_path):
-        state.write(tmp_path, state.Stack(pid=1, url="u", redis_url="secret", model="m", logs="l"))
+        state.write(tmp_path, state.Stack(pid=1, url="u", redis_url="secret"))
         assert stat.S_IMODE((tmp_path / "run" / "stack.json").stat().st_mode) == 0o600

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
-from cacheengine.index import Fleet, WorkerInfo
-from cacheengine.index_schema import FLEET, lease_name
+from cacheengine.index_reader import Fleet
+from cacheengine.index_schema import FLEET, WorkerInfo, lease_name
 from cacheengine.keys import KeyScheme, namespace_of, probe_keys
 from router.registry import STALE_SECONDS, Registry
 from router.worker import StaticWorker
@@ -67,7 +67,6 @@ class House:
         return "".join(w.id.upper() if w.stale else w.id for w in self.registry.snapshot())
 
     def close(self) -> None:
-        self.run(self.registry.close())
         self.run(self._http.aclose())
         if self._fleet:
             self.run(self._fleet.close())
@@ -224,10 +223,10 @@ def test_a_lease_wins_over_a_static_entry_of_the_same_url(valkey: ValkeyServer) 
 def test_it_refreshes_by_itself(house: House) -> None:
     async def until_seen() -> None:
         house.registry._interval = 0.01
-        await house.registry.start()
+        running = asyncio.create_task(house.registry.run())
         house.lease(A)
         while not house.registry.snapshot():
             await asyncio.sleep(0.005)
-        await house.registry.close()
+        running.cancel()
 
     house.run(until_seen())

@@ -8,8 +8,18 @@ from typing import Any
 import httpx
 import pytest
 
-from cacheengine.index import DEVICE, DISK, HOST, SHARED, Fleet, IndexReader, WorkerInfo
-from cacheengine.index_schema import FLEET, chunk_name, field_of, lease_name
+from cacheengine.index_reader import Fleet, IndexReader
+from cacheengine.index_schema import (
+    DEVICE,
+    DISK,
+    FLEET,
+    HOST,
+    SHARED,
+    WorkerInfo,
+    chunk_name,
+    field_of,
+    lease_name,
+)
 from cacheengine.keys import ChunkKey, KeyScheme, namespace_of, probe_keys
 from router.load import LoadBoard
 from router.placement import NoWorker, Placement

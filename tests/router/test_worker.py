@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from cacheengine.index import Lease, WorkerInfo
+from cacheengine.index_schema import Lease, WorkerInfo
 from cacheengine.keys import KeyScheme, namespace_of, probe_keys
 from router.worker import StaticWorker, from_lease, from_static, majority_scheme
 

@@ -7,6 +7,7 @@ import pytest
 import redis
 
 from cacheengine.errors import TierDown
+from cacheengine.redis_url import parse
 from cacheengine.tiers.resp import Connection
 from tests.cacheengine.tiers.kit import blank, buffer, chunks, payload, redis_tier, ref
 
@@ -49,9 +50,9 @@ def test_a_server_that_cannot_be_trusted_is_down(tls_server: Any, scheme: str):
 def test_a_name_that_is_not_in_the_certificate_is_refused_unless_unchecked(tls_server: Any):
     url = f"rediss://127.1:{tls_server.tls_port}?ssl_ca_certs={tls_server.ca}"
     with pytest.raises(TierDown, match="CERTIFICATE_VERIFY_FAILED"):
-        Connection(url, 5)
-    Connection(url + "&ssl_check_hostname=false", 5).close()
-    Connection(f"rediss://127.1:{tls_server.tls_port}?ssl_cert_reqs=none", 5).close()
+        Connection(parse(url).login, 5)
+    Connection(parse(url + "&ssl_check_hostname=false").login, 5).close()
+    Connection(parse(f"rediss://127.1:{tls_server.tls_port}?ssl_cert_reqs=none").login, 5).close()
 
 
 def test_a_client_certificate_is_shown_where_one_is_asked_for(tls_server: Any):
@@ -71,7 +72,7 @@ def test_a_client_certificate_is_shown_where_one_is_asked_for(tls_server: Any):
 
 
 def test_an_idle_tls_connection_notices_that_the_server_left(tls_server: Any):
-    conn = Connection(tls_server.tls_url, 5)
+    conn = Connection(parse(tls_server.tls_url).login, 5)
     conn.send((b"PING",))
     assert conn.reply() == b"PONG"
     assert not conn.stale

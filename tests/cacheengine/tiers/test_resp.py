@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cacheengine.errors import TierDown
+from cacheengine.redis_url import parse
 from cacheengine.tiers.resp import Connection, ErrorReply
 from tests.cacheengine.tiers.kit import buffer, payload, scripted
 
@@ -18,7 +19,7 @@ from tests.cacheengine.tiers.kit import buffer, payload, scripted
 def answered(script: bytes, timeout: float = 5) -> Iterator[Connection]:
     """A connection that has asked one thing and is about to read `script`."""
     with scripted(script) as server:
-        conn = Connection(server.url, timeout)
+        conn = Connection(parse(server.url).login, timeout)
         conn.send((b"PING",))
         yield conn
         conn.close()
@@ -68,7 +69,7 @@ def test_garbage_closes_the_connection(script: bytes):
 def test_replies_split_at_every_byte_are_still_understood():
     stream = b"+OK\r\n$5\r\nhel\r\n\r\n:7\r\n*1\r\n$-1\r\n" * 3
     listener = socket.create_server(("127.0.0.1", 0))
-    conn = Connection(f"redis://127.0.0.1:{listener.getsockname()[1]}", 30)
+    conn = Connection(parse(f"redis://127.0.0.1:{listener.getsockname()[1]}").login, 30)
     peer, _ = listener.accept()
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     trickle = threading.Thread(target=lambda: [peer.sendall(stream[i : i + 1]) for i in range(len(stream))])
@@ -81,7 +82,7 @@ def test_replies_split_at_every_byte_are_still_understood():
 
 def test_a_large_value_lands_in_the_callers_memory(valkey: Any):
     size = 5 << 20
-    conn = Connection(valkey.url, 30)
+    conn = Connection(parse(valkey.url).login, 30)
     sent, got = payload(0, size), buffer(size)
     conn.send((b"SET", b"k", (b"head", sent)), (b"GET", b"k"), (b"ECHO", b"after"))
     assert conn.reply() == b"OK"
@@ -97,7 +98,7 @@ def test_a_large_value_lands_in_the_callers_memory(valkey: Any):
 
 def test_skipping_leaves_the_stream_in_step(valkey: Any):
     size = 1 << 20
-    conn = Connection(valkey.unix_url, 30)
+    conn = Connection(parse(valkey.unix_url).login, 30)
     conn.send((b"SET", b"k", (payload(0, size),)), (b"GET", b"k"), (b"ECHO", b"after"))
     assert conn.reply() == b"OK"
     conn.skip(conn.bulk_length() or 0)
@@ -109,7 +110,7 @@ def test_skipping_leaves_the_stream_in_step(valkey: Any):
 
 def test_the_deadline_is_for_the_batch_not_for_each_read():
     listener = socket.create_server(("127.0.0.1", 0))
-    conn = Connection(f"redis://127.0.0.1:{listener.getsockname()[1]}", 0.3)
+    conn = Connection(parse(f"redis://127.0.0.1:{listener.getsockname()[1]}").login, 0.3)
     peer, _ = listener.accept()
     stop = threading.Event()
 
@@ -129,14 +130,14 @@ def test_the_deadline_is_for_the_batch_not_for_each_read():
 
 
 def test_a_deadline_in_the_past_does_not_even_send(valkey: Any):
-    conn = Connection(valkey.url, 5)
+    conn = Connection(parse(valkey.url).login, 5)
     conn.deadline = time.monotonic()
     with pytest.raises(TierDown, match="timed out"):
         conn.send((b"PING",))
 
 
 def test_an_idle_connection_notices_that_the_server_left(valkey: Any):
-    conn = Connection(valkey.unix_url, 5)
+    conn = Connection(parse(valkey.unix_url).login, 5)
     assert not conn.stale
     valkey.kill()
     assert conn.stale
@@ -146,9 +147,9 @@ def test_an_idle_connection_notices_that_the_server_left(valkey: Any):
 @pytest.mark.parametrize("url", ["redis://127.0.0.1:1", "unix:///nowhere/s"])
 def test_nobody_there_is_tier_down(url: str):
     with pytest.raises(TierDown, match=r"redis (127.0.0.1:1|/nowhere/s): "):
-        Connection(url, 5)
+        Connection(parse(url).login, 5)
 
 
 def test_a_database_that_does_not_exist_is_tier_down(valkey: Any):
     with pytest.raises(TierDown, match="SELECT refused"):
-        Connection(f"redis://127.0.0.1:{valkey.port}/99999", 5)
+        Connection(parse(f"redis://127.0.0.1:{valkey.port}/99999").login, 5)
