@@ -46,11 +46,18 @@ class Wish(NamedTuple):
 
     @classmethod
     def of(cls, numbers: Sequence[bytes | str | None], pins: Collection[bytes | str] = ()) -> Self:
-        """From what Redis, a lease or a note says.  A pin that is no chunk key is left out.  Raises
-        ValueError for a number that is none."""
-        version, epoch = (int(number or 0) for number in numbers)
+        """From what Redis, a lease or a note says.  A pin that is no chunk key is left out, and a number that
+        is none was not said: whoever can write to Redis must not be able to stop a worker."""
+        version, epoch = map(_number, numbers)
         texts = (pin.decode("ascii", "replace") if isinstance(pin, bytes) else str(pin) for pin in pins)
         return cls(version, epoch, frozenset(key for text in texts if (key := parse_key(text))))
+
+
+def _number(said: bytes | str | None) -> int:
+    try:
+        return int(said or 0)
+    except ValueError:
+        return 0
 
 
 # (what is wanted, what was obeyed before): a number that differs is a job to do
@@ -92,10 +99,7 @@ def read(client: redis.Redis, namespace: str) -> Wish:
 
 def obeyed_in(lease: Mapping[str, str]) -> Wish:
     """The numbers a worker announces, without the pins; 0 where it announces none."""
-    try:
-        return Wish.of([lease.get(name) for name in NUMBERS])
-    except ValueError:
-        return Wish()
+    return Wish.of([lease.get(name) for name in NUMBERS])
 
 
 class Listener:

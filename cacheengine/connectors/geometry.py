@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _WHERE_FROM = {"_name_or_path", "transformers_version"}
 
 
-def why_not(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> str | None:
+def why_not(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", config: CacheConfig) -> str | None:
     """One sentence when this engine cannot be cached safely; None when it can."""
     if not current_platform.is_cpu():
         return f"moving KV on {current_platform.device_type} has not been proved on hardware yet"
@@ -42,8 +42,11 @@ def why_not(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> str 
     if parallel.decode_context_parallel_size > 1:
         return "decode context parallelism is not supported yet"
     model = vllm_config.model_config
-    if not Path(model.model).is_dir() and not _commit(model):
-        return f"nothing proves which weights {model.model!r} is; serve it from a local folder"
+    if not (config.weights_fingerprint or Path(model.model).is_dir() or _commit(model)):
+        return (
+            f"nothing proves which weights {model.model!r} is; serve it from a local folder, "
+            "or name them with weights_fingerprint"
+        )
     return None
 
 

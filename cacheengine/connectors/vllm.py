@@ -57,10 +57,10 @@ class CairnConnector(KVConnectorBase_V1, SupportsHMA):
             )
         self._scheduler: SchedulerHalf | None = None
         self._rank: RankHalf | None = None
-        if reason := why_not(vllm_config, kv_cache_config):
+        config = CacheConfig.load(**transfer.kv_connector_extra_config)
+        if reason := why_not(vllm_config, kv_cache_config, config):
             logger.warning("the Cairn cache is off for this worker: %s", reason)
             return
-        config = CacheConfig.load(**transfer.kv_connector_extra_config)
         layout = layout_of(vllm_config, kv_cache_config, config)
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(vllm_config, layout, config)

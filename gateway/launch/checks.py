@@ -17,10 +17,16 @@ from gateway.launch.errors import LaunchError
 GIB = 1 << 30
 WORKER_BYTES = 3 * GIB  # one vLLM CPU worker with 1 GiB of KV cache: processes, weights, workspaces
 _LISTEN = "0A"
+_LAST_PORT = 65535
 
 
 def preflight(config: LaunchConfig) -> None:
     """Raises LaunchError for the first thing that stands in the way."""
+    if (last := max(config.worker_ports)) > _LAST_PORT:
+        raise LaunchError(
+            f"the workers would need ports up to {last}, and there are none above {_LAST_PORT}; "
+            "choose a lower PORT"
+        )
     for port in (config.port, *config.worker_ports):
         if not port_is_free(port):
             raise LaunchError(port_sentence(port, port_owner(port)))

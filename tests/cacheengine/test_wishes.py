@@ -205,6 +205,15 @@ def test_a_clear_that_failed_at_start_is_tried_again_with_the_first_beat(client,
     assert worker.clears == 1
 
 
+def test_numbers_that_are_none_stop_no_worker(client, valkey, tmp_path):
+    pin(client, KEYS[0])
+    client.hset(f"cairn:{{{HEX}}}:wishes", mapping={"pins_version": "many", "clear_epoch": ""})
+    worker = Worker(tmp_path / "wishes.json")
+    worker.listener.start(valkey.url)
+    worker.beat(client)
+    assert worker.clears == 0
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"namespace": 3}', '{"pins": []}', "null"])
 def test_a_damaged_note_is_no_note(text, tmp_path):
     (tmp_path / "wishes.json").write_text(text)

@@ -168,6 +168,14 @@ def test_a_port_in_use_is_named_with_its_owner(launch):
     assert f"port {port} is in use by process {os.getpid()}" in output
 
 
+def test_ports_beyond_the_last_are_refused_before_anything_starts(launch):
+    process = launch(port=65535)
+    output = process.communicate()[0]
+    assert process.returncode == 1
+    assert "Traceback" not in output
+    assert "choose a lower PORT" in output
+
+
 def test_workers_get_stable_ids_their_own_ports_and_folders(tmp_path, model):
     config = LaunchConfig.load(env={}, home=tmp_path, port=9000, worker_count=2)
     specs = worker_specs(config, Model(model, "toy"), "redis://somewhere")
