@@ -8,6 +8,7 @@ they are invisible at once; they are swept later.  The index is a hint: a stale 
 never a wrong answer.
 """
 
+from cacheengine.index_orders import Orders
 from cacheengine.index_reader import Fleet, IndexReader
 from cacheengine.index_schema import (
     DEVICE,
@@ -36,6 +37,7 @@ __all__ = [
     "IndexReader",
     "IndexWriter",
     "Lease",
+    "Orders",
     "WorkerInfo",
     "WriterStats",
 ]

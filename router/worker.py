@@ -49,6 +49,8 @@ class Worker:
     tiers: tuple[str, ...] = ()
     trusted: bool = False  # it names chunks as we do (handshake)
     stale: bool = False  # known from earlier: its lease cannot be read now
+    adapters: tuple[str, ...] = ()  # LoRA adapters it serves, by the names clients use
+    share: float = 1.0  # of the prompts new to it that it may take; rises while it is new
     load: Load = UNKNOWN
     beat: Mapping[str, str] = field(default_factory=dict, repr=False)  # the heartbeat as it was written
 
@@ -58,6 +60,11 @@ class Worker:
         if self.namespace is None or not self.trusted:
             return None
         return KeyScheme(self.namespace, self.chunk_tokens)
+
+    @property
+    def shares(self) -> bool:
+        """Whether it can load from the shared tier now; a worker that does not say can."""
+        return ("shared" in self.tiers or "redis" in self.tiers) and self.beat.get("redis_up") != "0"
 
 
 def from_lease(lease: Lease) -> Worker:

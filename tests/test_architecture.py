@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PRODUCT = ("cacheengine", "router", "gateway")
 WORDS = {"cacheengine.keys", "cacheengine.errors", "cacheengine.config"}
 INDEX = {
-    f"cacheengine.{name}" for name in ("index", "index_schema", "index_reader", "index_writer", "wishes")
+    f"cacheengine.{name}" for name in ("index", "index_schema", "index_orders", "index_reader", "index_writer", "wishes")
 }
 
 # Who may import whom, lowest first; the longest matching prefix decides.
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     },
     "cacheengine.index": {*INDEX, *WORDS},
     "cacheengine.index_schema": WORDS,
+    "cacheengine.index_orders": {"cacheengine.redis_url", *WORDS},
     "cacheengine.index_reader": {"cacheengine.redis_url", *INDEX, *WORDS},
     "cacheengine.index_writer": {"cacheengine.redis_url", *INDEX, *WORDS},
     "cacheengine.wishes": {"cacheengine.redis_url", *WORDS},

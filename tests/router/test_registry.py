@@ -11,7 +11,8 @@ import pytest
 from cacheengine.index import Fleet, WorkerInfo
 from cacheengine.index_schema import FLEET, lease_name
 from cacheengine.keys import KeyScheme, namespace_of, probe_keys
-from router.registry import STALE_SECONDS, Registry
+from router.registry import Registry
+from router.sources import STALE_SECONDS
 from router.worker import StaticWorker
 from tests.conftest import ValkeyServer
 
@@ -28,6 +29,7 @@ class House:
     def __init__(self, valkey: ValkeyServer | None, *static: StaticWorker) -> None:
         self.valkey, self.now = valkey, 0.0
         self.sick: set[str] = set()
+        self.adapters: dict[str, list[dict[str, str]]] = {}  # by host, as /v1/models has them
         self.asked: list[str] = []
         self.left: list[str] = []
         self._runner = asyncio.Runner()
@@ -38,6 +40,9 @@ class House:
         )
 
     def _health(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            cards = [{"id": "m", "parent": None}, *self.adapters.get(request.url.host, ())]
+            return httpx.Response(200, json={"data": cards})
         assert request.url.path == "/health"
         self.asked.append(request.url.host)
         if request.url.host in self.sick:
