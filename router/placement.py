@@ -1,7 +1,7 @@
 """Where a request goes, and why."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from router.worker import Worker
 
@@ -27,3 +27,5 @@ class Placement:
     reason: str
     policy: str
     terms_ms: Mapping[str, float]  # queue, transfer, compute, interference
+    claimed: Mapping[str, int] = field(default_factory=dict)  # as hit_by_tier, but what the index said
+    decision: int = 0  # number of the decision in the router's log

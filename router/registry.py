@@ -51,7 +51,7 @@ class _Known:
 
 
 class Registry:
-    """REQUIRES: used from one event loop; `http`, `fleet` and `orders` are opened and closed by the caller."""
+    """REQUIRES: used from one event loop; what is passed in is opened and closed by the caller."""
 
     def __init__(
         self,
@@ -69,7 +69,8 @@ class Registry:
         """Leases win over `static`, and that over `sources`.  Without `orders` they are this gateway's own.
         `on_leave` hears the id of a worker that is forgotten, so that others forget it too."""
         self._http, self._interval, self._clock = http, interval, clock
-        self._sources = [*([Leases(fleet)] if fleet else []), *([Static(static)] if static else []), *sources]
+        self._sources: list[Source] = [Leases(fleet)] if fleet else []
+        self._sources += [Static(static), *sources]
         self._store, self._orders, self._given = orders, dict[str, str](), 0
         self._warmup, self._on_leave = warmup_seconds, on_leave
         self._known: dict[str, _Known] = {}
