@@ -65,7 +65,8 @@ class Orders:
                     else:
                         pipe.hdel(ORDERS, worker_id)
                     pipe.hincrby(ORDERS, VERSION, 1)
-                    await pipe.execute()
+                    pipe.hgetall(ORDERS)
+                    self._last = (await pipe.execute())[-1]
         except (RedisError, OSError) as exc:
             raise IndexDown(f"orders: {exc}") from exc
 

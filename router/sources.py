@@ -6,6 +6,7 @@ keeps what it heard last.  Earlier sources win over later ones that name the sam
 
 import asyncio
 import logging
+import math
 import re
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -117,16 +118,17 @@ class Dns:
         """`resolve`: host and port to addresses; raises OSError."""
         self._of, self._resolve, self._clock = name, resolve, clock
         self._asking: asyncio.Future[list[str]] | None = None
-        self._asked = 0.0
+        self._ask_at = math.inf  # when the answer in hand has become old; none in hand: never
 
     async def read(self) -> list[Worker]:
         asking = self._asking
-        if asking is None or (asking.done() and self._clock() - self._asked >= DNS_SECONDS):
+        if asking is None or self._clock() >= self._ask_at:
             asking = self._asking = asyncio.ensure_future(self._resolve(self._of.host, self._of.port))
-            self._asked = self._clock()
+            self._ask_at = math.inf
         done, _ = await asyncio.wait([asking], timeout=DNS_PATIENCE)
         if not done:
             raise SourceDown(f"{self._of.host}: no answer from the name server")
+        self._ask_at = min(self._ask_at, self._clock() + DNS_SECONDS)
         try:
             addresses = asking.result()
         except OSError as exc:

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 PRODUCT = ("cacheengine", "router", "gateway")
 WORDS = {"cacheengine.keys", "cacheengine.errors", "cacheengine.config"}
 INDEX = {
-    f"cacheengine.{name}" for name in ("index", "index_schema", "index_orders", "index_reader", "index_writer", "wishes")
+    f"cacheengine.{name}"
+    for name in ("index", "index_schema", "index_orders", "index_reader", "index_writer", "wishes")
 }
 
 # Who may import whom, lowest first; the longest matching prefix decides.
