@@ -24,14 +24,15 @@ PARTS: tuple[Part, ...] = ("local", "shared")
 HALF_LIFE = 30.0  # seconds
 WRONG_BELOW = 0.7  # precision
 RIGHT_FROM = 0.8  # and back; apart, so that it does not flap
-ENOUGH = 2.5  # answers, decayed, before somebody is found wrong: three within seconds
-FADED = 0.5  # answers, decayed, that say nothing any more: one after 30 s, three after 80 s
+ENOUGH = 3  # answers before somebody is found wrong
+FADED = 0.5  # answers, decayed, that say nothing any more: one after 30 s, three at once after 80 s
 
 
 @dataclass(slots=True)
 class _Row:
     boot_id: str  # a new process is a new worker
     at: float
+    heard: int = 0  # answers
     answers: float = 0.0  # these three decay together
     claimed: float = 0.0  # tokens
     found: float = 0.0
@@ -59,13 +60,14 @@ class Trust:
             row = self._rows[worker.id, part] = _Row(worker.boot_id, now)
         left = 0.5 ** ((now - row.at) / HALF_LIFE)
         row.at = now
+        row.heard += 1
         row.answers = row.answers * left + 1
         row.claimed = row.claimed * left + claimed
         row.found = row.found * left + min(claimed, max(0, found))
         if row.stale:
             row.stale = row.precision < RIGHT_FROM
         else:
-            row.stale = row.answers >= ENOUGH and row.precision < WRONG_BELOW
+            row.stale = row.heard >= ENOUGH and row.precision < WRONG_BELOW
 
     def believes(self, worker: Worker, part: Part) -> bool:
         """Whether to count on what the index claims of it."""
