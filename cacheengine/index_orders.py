@@ -13,10 +13,9 @@ from typing import cast
 
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from cacheengine.errors import IndexDown
-from cacheengine.redis_url import async_client
+from cacheengine.redis_url import DOWN, async_client
 
 ORDERS = "cairn:orders"
 VERSION = "@version"
@@ -48,7 +47,7 @@ class Orders:
                             pipe.hsetnx(ORDERS, field, value)
                         await pipe.execute()
                     held = await self._held()
-        except (RedisError, OSError) as exc:
+        except (*DOWN, OSError) as exc:
             raise IndexDown(f"orders: {exc}") from exc
         self._last = held
         return {field: order for field, order in held.items() if field != VERSION}
@@ -67,7 +66,7 @@ class Orders:
                     pipe.hincrby(ORDERS, VERSION, 1)
                     pipe.hgetall(ORDERS)
                     self._last = (await pipe.execute())[-1]
-        except (RedisError, OSError) as exc:
+        except (*DOWN, OSError) as exc:
             raise IndexDown(f"orders: {exc}") from exc
 
     async def close(self) -> None:

@@ -107,7 +107,7 @@ class Router:
         started = self._clock()
         holders, index = await self._holders(model, keys)
         lookup = self._clock() - started
-        weighed = self._weigh(model, keys, prompt_tokens, (), affinity, holders, index)
+        weighed = self._weigh(model, keys, prompt_tokens, (), affinity, holders, index, dry=True)
         rows = []
         for choice, placement in zip(weighed.order, weighed.placements, strict=True):
             rows.append(
@@ -163,14 +163,15 @@ class Router:
         affinity: bytes,
         holders: Holders,
         index: str,
+        dry: bool = False,
     ) -> Weighed:
-        """Changes nothing that a later decision sees.  Raises NoWorker."""
+        """`dry` changes nothing that a later decision sees.  Raises NoWorker."""
         workers = {w.id: w for w in self.registry.workers_for(model) if w.id not in exclude}
         if not workers:
             raise NoWorker(f"no worker serves {model!r} now")
         scheme = self.registry.scheme(model)
         ring_key = keys[0] if keys else digest(affinity)
-        candidates, claims = self._candidates(workers, scheme, holders, keys, prompt_tokens, ring_key)
+        candidates, claims = self._candidates(workers, scheme, holders, keys, prompt_tokens, ring_key, dry)
         ran = self._runs(self.policy, index)
         order = decide(ran, prompt_tokens, candidates, self._turn)
         ignored = any(map(any, claims.values())) and not any(any(c.hit) for c in candidates)
@@ -228,6 +229,7 @@ class Router:
         keys: Sequence[ChunkKey],
         prompt_tokens: int,
         ring_key: bytes,
+        dry: bool,
     ) -> tuple[list[Candidate], dict[str, Hit]]:
         """Also what the index claims of each worker, whether we believe it or not."""
         # blobs in Redis outlive whoever put them there: lives that are over still count
@@ -253,7 +255,9 @@ class Router:
                     ring=rank[worker.id],
                     inflight=self.board.inflight(worker.id),
                     running=load.running,
-                    queued_tokens=self.board.queued_tokens(worker.id, load.queued_tokens, load.beat_ms),
+                    queued_tokens=self.board.queued_tokens(
+                        worker.id, load.queued_tokens, load.beat_ms, note=not dry
+                    ),
                     pending_tokens=pending,
                     prefill_rate=load.prefill_rate,
                     hit=hit,

@@ -92,6 +92,11 @@ class House:
     def explain(self, keys: list[ChunkKey] = KEYS, tokens: int = TOKENS) -> dict[str, Any]:
         return asyncio.run(self.router.explain("m", keys, tokens, affinity=b"x"))
 
+    def beat(self, queued_tokens: str) -> None:
+        later = {"beat_ms": str(self.now + 10), "queued_tokens": queued_tokens}
+        self.told.beats = {worker_id: {**beat, **later} for worker_id, beat in self.told.beats.items()}
+        asyncio.run(self.registry.refresh())
+
     def answer(self, placement: Placement, cached: int) -> None:
         self.router.learn(placement, TOKENS, cached)
         self.now += 1
@@ -119,7 +124,7 @@ fleets = st.dictionaries(st.sampled_from("abcdefgh"), st.tuples(depths, beats), 
     st.lists(
         st.tuples(
             st.sampled_from([KEYS, OTHER, KEYS[:3], []]),
-            st.sampled_from(["place", "hold", "answer", "fail"]),
+            st.sampled_from(["place", "hold", "answer", "fail", "beat"]),
             st.integers(0, 3000),
         ),
         max_size=8,
@@ -141,6 +146,12 @@ def test_explain_says_what_place_does_and_changes_nothing(
     for keys, what, tokens in steps:
         for each in (asked, left_alone):
             each.told.down = what == "fail"
+            if what == "beat":
+                each.beat(str(tokens))
+        for _ in range(times):
+            asked.explain(keys)
+        for each in (asked, left_alone):  # a ticket between the question and the decision
+            each.board.start("a", tokens, 0)
         explained = [asked.explain(keys) for _ in range(times)]
         first, twin = (each.place(keys) for each in (asked, left_alone))
         assert first == twin  # whoever was asked before decides as if he was not
