@@ -1,8 +1,9 @@
 """Where a request goes, and why."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from router.policy import NO_HIT, Hit
 from router.worker import Worker
 
 
@@ -27,5 +28,5 @@ class Placement:
     reason: str
     policy: str
     terms_ms: Mapping[str, float]  # queue, transfer, compute, interference
-    claimed: Mapping[str, int] = field(default_factory=dict)  # as hit_by_tier, but what the index said
+    claimed: Hit = NO_HIT  # what the index said, believed or not
     decision: int = 0  # number of the decision in the router's log

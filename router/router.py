@@ -118,7 +118,7 @@ class Router:
                     "total_ms": round(1000 * choice.seconds, 3),
                     "expected_hit_tokens": placement.expected_hit_tokens,
                     "hit_by_tier": dict(placement.hit_by_tier),
-                    "claimed_by_index": dict(placement.claimed),
+                    "claimed_by_index": placement.claimed._asdict(),
                     "trust": self.trust.describe(placement.worker),
                     "ring": choice.candidate.ring,
                     "inflight": choice.candidate.inflight,
@@ -131,7 +131,7 @@ class Router:
     def learn(self, placement: Placement, prompt_tokens: int, cached_tokens: int) -> None:
         """The worker answered, and says how many prompt tokens it did not have to compute."""
         worker = placement.worker
-        local, shared = _loadable(worker, Hit(**placement.claimed), prompt_tokens)
+        local, shared = _loadable(worker, placement.claimed, prompt_tokens)
         self.trust.heard(worker, "local", local, cached_tokens)
         if cached_tokens >= local:  # or the shared part was out of reach
             self.trust.heard(worker, "shared", shared, cached_tokens - local)
@@ -241,13 +241,15 @@ class Router:
             hit, pending = NO_HIT, 0
             if scheme is not None and worker.scheme == scheme:
                 held = holders.get((worker.id, worker.epoch), NOTHING)
-                held = held._replace(shared=shared if worker.shares else 0)
-                claims[worker.id] = _stretches(held, scheme.chunk_tokens, prompt_tokens)
-                held = self._believed(worker, held)
+                if held.shared != (common := shared if worker.shares else 0):
+                    held = held._replace(shared=common)
+                hit = claims[worker.id] = _stretches(held, scheme.chunk_tokens, prompt_tokens)
+                believed = self._believed(worker, held) if hit is not NO_HIT else held
                 if worker.id == sent_to:
-                    pending = max(0, sent - held.local) * scheme.chunk_tokens
-                    held = held._replace(device=max(held.device, sent))
-                hit = _stretches(held, scheme.chunk_tokens, prompt_tokens)
+                    pending = max(0, sent - believed.local) * scheme.chunk_tokens
+                    believed = believed._replace(device=max(believed.device, sent))
+                if believed is not held:
+                    hit = _stretches(believed, scheme.chunk_tokens, prompt_tokens)
             load = worker.load
             candidates.append(
                 Candidate(
@@ -301,7 +303,7 @@ class Router:
             reason=reason,
             policy=ran,
             terms_ms={name: round(1000 * seconds, 3) for name, seconds in choice.terms.items()},
-            claimed=claims.get(worker.id, NO_HIT)._asdict(),
+            claimed=claims.get(worker.id, NO_HIT),
             decision=self._turn,
         )
 
@@ -326,7 +328,7 @@ class Router:
             "worker": first.worker.id,
             "reason": first.reason,
             "expected_hit_tokens": first.expected_hit_tokens,
-            "claimed_by_index": dict(first.claimed),
+            "claimed_by_index": first.claimed._asdict(),
             "actual_hit_tokens": None,  # until the worker says
             "terms_ms": dict(first.terms_ms),
             "predicted_ms": round(1000 * weighed.order[0].seconds, 3),
@@ -362,6 +364,8 @@ def _held_back(worker: Worker, hit: Hit, ring_key: bytes) -> bool:
 
 def _stretches(held: Depths, chunk_tokens: int, prompt_tokens: int) -> Hit:
     """Depths (from the front, per tier) → disjoint stretches in tokens: a faster tier serves first."""
+    if held == NOTHING:
+        return NO_HIT
     tokens, reached = [], 0
     for depth in held:
         end = max(reached, min(depth * chunk_tokens, prompt_tokens))

@@ -191,12 +191,12 @@ def test_a_worker_that_never_has_what_the_index_says_stops_getting_its_traffic_a
     house = House({"a": Depths(host=12), "b": Depths(), "c": Depths()})
     for _ in range(3):
         placement = house.place()[0]
-        assert (placement.worker.id, placement.claimed["host"]) == ("a", 12 * 256)
+        assert (placement.worker.id, placement.claimed.host) == ("a", 12 * 256)
         house.answer(placement, 0)
         house.now += 11  # what was sent is not remembered as under way
     placements = {placement.worker.id: placement for placement in house.place()}
     assert placements["a"].expected_hit_tokens == 0
-    assert placements["a"].claimed["host"] == 12 * 256
+    assert placements["a"].claimed.host == 12 * 256
     assert house.router.decisions[-1]["blind"] == "stale"
     explained = {row["worker"]: row for row in house.explain()["workers"]}
     assert explained["a"]["trust"]["local"]["state"] == "STALE"
