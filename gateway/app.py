@@ -47,20 +47,7 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
     index = IndexReader(url, config.index_deadline_ms) if url else None
     board = LoadBoard()
     trust = Trust()
-
-    def gone(worker_id: str) -> None:
-        board.forget(worker_id)
-        trust.forget(worker_id)
-
-    registry = Registry(
-        http,
-        fleet,
-        config.static_workers(),
-        on_leave=gone,
-        sources=config.sources(),
-        orders=orders,
-        warmup_seconds=config.warmup_seconds,
-    )
+    registry = _registry(config, http, fleet, orders, board, trust)
     router = Router(
         registry,
         board,
@@ -79,9 +66,8 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
             opened.callback(pool.shutdown, wait=False, cancel_futures=True)
             await opened.enter_async_context(carrier)
             await opened.enter_async_context(http)
-            if fleet is not None:
+            if fleet is not None and orders is not None:
                 opened.push_async_callback(fleet.close)
-            if orders is not None:
                 opened.push_async_callback(orders.close)
             if index is not None:
                 opened.push_async_callback(index.close)
@@ -101,6 +87,29 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
     app.add_exception_handler(RequestValidationError, _bad_parameter)
     app.add_exception_handler(Exception, _our_fault)
     return app
+
+
+def _registry(
+    config: GatewayConfig,
+    http: httpx.AsyncClient,
+    fleet: Fleet | None,
+    orders: Orders | None,
+    board: LoadBoard,
+    trust: Trust,
+) -> Registry:
+    def gone(worker_id: str) -> None:
+        board.forget(worker_id)
+        trust.forget(worker_id)
+
+    return Registry(
+        http,
+        fleet,
+        config.static_workers(),
+        on_leave=gone,
+        sources=config.sources(),
+        orders=orders,
+        warmup_seconds=config.warmup_seconds,
+    )
 
 
 async def _stopped(task: asyncio.Task[None]) -> None:

@@ -236,6 +236,22 @@ def test_a_lease_wins_over_a_static_entry_of_the_same_url(valkey: ValkeyServer) 
         house.close()
 
 
+def test_a_static_worker_is_back_when_its_lease_is_gone(valkey: ValkeyServer) -> None:
+    house = House(valkey, StaticWorker("http://a:1", "m"))
+    alias = replace(A, worker_id="a:1")  # the same name, as well as the same URL
+    try:
+        house.lease(alias)
+        assert house.look() == "a:1"
+        house.unlease(alias)
+        assert house.look() == "A:1"
+        house.now += STALE_SECONDS + 1
+        house.look()
+        assert house.look() == "a:1"
+        assert [row["source"] for row in house.registry.describe()] == ["static"]
+    finally:
+        house.close()
+
+
 def test_it_refreshes_by_itself(house: House) -> None:
     async def until_seen() -> None:
         house.registry._interval = 0.01
