@@ -21,7 +21,12 @@ def admin(router: Router, dispatcher: Dispatcher, max_body_bytes: int) -> APIRou
     async def workers() -> dict[str, Any]:
         """Every known worker, ready or not, with this gateway's open requests on it."""
         rows = [_row(router, row) for row in router.registry.describe()]
-        return {"workers": rows, "inflight": dispatcher.inflight, "policy": router.policy}
+        return {
+            "workers": rows,
+            "removed": router.registry.removed(),
+            "inflight": dispatcher.inflight,
+            "policy": router.policy,
+        }
 
     @api.post("/workers/{worker_id:path}/drain")
     async def drain(worker_id: str) -> dict[str, str]:

@@ -145,6 +145,11 @@ class Registry:
         known = self._known.get(worker_id)
         return known.worker if known else None
 
+    def removed(self) -> list[str]:
+        """Who was removed and has not come back."""
+        orders = self._orders.items()
+        return sorted(id_ for id_, order in orders if order.startswith(REMOVED) and id_ not in self._known)
+
     # -- what others say ---------------------------------------------------------------------------
 
     def mark_down(self, worker_id: str) -> None:
@@ -237,7 +242,8 @@ class Registry:
                 if worker.id not in ids and worker.url not in urls and not self._removed(worker):
                     self._meet(worker, source, new=place in self._heard)
                     ids.add(worker.id)
-            self._miss(source, None if workers is None else ids)
+            taken = urls | {worker.url for worker in workers or ()}
+            self._miss(source, None if workers is None else ids, taken)
             if workers is not None:
                 self._heard.add(place)
             mine = [known.worker for known in self._known.values() if known.source is source]
@@ -259,13 +265,15 @@ class Registry:
         else:
             known.worker, known.source, known.gone_since = worker, source, None
 
-    def _miss(self, source: Source, seen: set[str] | None) -> None:
-        """`seen` None: the source could not be asked."""
+    def _miss(self, source: Source, seen: set[str] | None, taken: set[str]) -> None:
+        """`seen` None: the source could not be asked.  `taken`: URLs that belong to those who were named."""
         now = self._clock()
         for known in [known for known in self._known.values() if known.source is source]:
             worker = known.worker
             if self._removed(worker):
                 self._drop(worker.id, "was removed")
+            elif worker.id not in (seen or ()) and worker.url in taken:
+                self._drop(worker.id, "has another name now")
             elif seen is None:
                 known.worker = replace(worker, stale=True)
             elif worker.id not in seen:

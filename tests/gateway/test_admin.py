@@ -82,6 +82,7 @@ def test_a_drained_worker_finishes_what_it_has_and_gets_nothing_new(pair: Pair) 
 def test_a_removed_worker_is_not_even_listed(pair: Pair) -> None:
     assert pair.client.delete(f"/admin/workers/{pair.names[0]}").json()["order"] == "remove"
     assert pair.state(0) is None
+    assert pair.client.get("/admin/workers").json()["removed"] == pair.names[:1]
     for _ in range(4):
         assert pair.client.post(CHAT, json=BODY).status_code == 200
     assert pair.one.asked == []
@@ -155,7 +156,7 @@ def test_a_worker_that_never_has_what_the_index_says_is_stale_for_all_to_see(
         asked = {name: body[name] for name in ("messages", "prompt") if name in body}
         return smollm.tokens(Ask(**asked), "messages" in asked).ids
 
-    worker = FakeVLLM(encode=encode)
+    worker = FakeVLLM(encode=encode, adapters=["fr"])
     with serve(worker) as url:
         info = WorkerInfo(
             "w1", url, "fake", str(smollm_path), scheme.namespace.hex(), 16, tuple(probe_keys(scheme)),
@@ -169,12 +170,15 @@ def test_a_worker_that_never_has_what_the_index_says_is_stale_for_all_to_see(
         body = {"model": "fake", "prompt": ids}
         with gateway(redis_url=valkey.url, index_deadline_ms=1000) as client:
 
-            def explained() -> dict[str, Any]:
-                said: dict[str, Any] = client.post(EXPLAIN, json=body).json()
+            def explained(model: str = "fake") -> dict[str, Any]:
+                said: dict[str, Any] = client.post(EXPLAIN, json={**body, "model": model}).json()
                 return said
 
-            wait_until(lambda: explained()["unkeyed"] == "")
+            wait_until(lambda: explained().get("unkeyed") == "")
             assert explained()["expected_hit_tokens"] == 96
+            wait_until(lambda: explained("fr").get("unkeyed") == "")
+            adapter = explained("fr")
+            assert (adapter["chunks"], adapter["expected_hit_tokens"]) == (6, 0)  # names of its own
             for _ in range(3):
                 client.post("/v1/completions", json=body)
             assert explained()["workers"][0]["trust"]["local"] == {"state": "STALE", "precision": 0.0}

@@ -164,6 +164,15 @@ def test_a_worker_whose_lease_is_gone_takes_no_traffic_when_sick_and_is_forgotte
     assert house.registry.describe() == []
 
 
+def test_a_worker_that_comes_back_under_another_name_is_not_there_twice(house: House) -> None:
+    house.lease(A)
+    house.look()
+    house.unlease(A)
+    house.lease(replace(A, worker_id="z", boot_id="2"))
+    assert house.look() == "z"
+    assert house.left == ["a"]
+
+
 def test_a_new_process_under_an_old_name_has_to_prove_itself(house: House) -> None:
     house.lease(A)
     house.look()
