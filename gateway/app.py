@@ -13,8 +13,10 @@ from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from cacheengine.index_orders import Orders
 from cacheengine.index_reader import Fleet, IndexReader
 from cacheengine.redis_url import index_url
+from gateway.admin import admin
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.errors import error_body
@@ -24,6 +26,7 @@ from gateway.routes import generation, openai, operations
 from router.load import LoadBoard
 from router.registry import Registry
 from router.router import Router
+from router.trust import Trust
 
 # vLLM's server drops idle connections after 5 s: let go a little earlier than it does.
 _KEEPALIVE_SECONDS = 4.0
@@ -41,10 +44,20 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
     http = httpx.AsyncClient(trust_env=False)  # health checks and handshakes, never a client's request
     url = index_url(config.redis_url)
     fleet = Fleet(url) if url else None
+    orders = Orders(url) if url else None
     index = IndexReader(url, config.index_deadline_ms) if url else None
     board = LoadBoard()
-    registry = Registry(http, fleet, config.static_workers(), on_leave=board.forget)
-    router = Router(registry, board, index, config.policy, on_decision=metrics.decided)
+    trust = Trust()
+    registry = _registry(config, http, fleet, orders, board, trust)
+    router = Router(
+        registry,
+        board,
+        index,
+        config.policy,
+        on_decision=metrics.decided,
+        shadow=config.shadow_policy,
+        trust=trust,
+    )
     handshake = Handshake(registry, http, pool, metrics, config.tokenizer_path, config.tokenizer_memo_bytes)
     dispatcher = Dispatcher(config, router, handshake, carrier, pool, metrics)
 
@@ -54,8 +67,9 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
             opened.callback(pool.shutdown, wait=False, cancel_futures=True)
             await opened.enter_async_context(carrier)
             await opened.enter_async_context(http)
-            if fleet is not None:
+            if fleet is not None and orders is not None:
                 opened.push_async_callback(fleet.close)
+                opened.push_async_callback(orders.close)
             if index is not None:
                 opened.push_async_callback(index.close)
                 await index.open()
@@ -66,12 +80,36 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
 
     app = FastAPI(title="Cairn", lifespan=lifespan)
     app.router.routes.extend(generation(dispatcher))
-    app.include_router(openai(router, started=int(time.time())))
-    app.include_router(operations(router, dispatcher, metrics))
+    app.include_router(openai(router, config.alias_map(), started=int(time.time())))
+    app.include_router(operations(router, metrics))
+    app.include_router(admin(router, dispatcher, config.max_body_bytes))
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _bad_parameter)
     app.add_exception_handler(Exception, _our_fault)
     return app
+
+
+def _registry(
+    config: GatewayConfig,
+    http: httpx.AsyncClient,
+    fleet: Fleet | None,
+    orders: Orders | None,
+    board: LoadBoard,
+    trust: Trust,
+) -> Registry:
+    def gone(worker_id: str) -> None:
+        board.forget(worker_id)
+        trust.forget(worker_id)
+
+    return Registry(
+        http,
+        fleet,
+        config.static_workers(),
+        on_leave=gone,
+        sources=config.sources(),
+        orders=orders,
+        warmup_seconds=config.warmup_seconds,
+    )
 
 
 async def _stopped(task: asyncio.Task[None]) -> None:

@@ -49,6 +49,7 @@ class Ask(msgspec.Struct, frozen=True):
 
 
 _decoder = msgspec.json.Decoder(Ask)
+_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def read_ask(body: bytes) -> Ask:
@@ -61,3 +62,10 @@ def read_ask(body: bytes) -> Ask:
         ) from exc
     except (msgspec.DecodeError, RecursionError) as exc:
         raise BadRequest(f"The request body is not valid JSON: {exc}.") from exc
+
+
+def renamed(body: bytes, model: str) -> bytes:
+    """The same request for another model: every other member keeps its bytes.  `body` was read before."""
+    members = _members.decode(body)
+    members["model"] = msgspec.Raw(msgspec.json.encode(model))
+    return msgspec.json.encode(members)

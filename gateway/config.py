@@ -3,13 +3,14 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field, field_validator
+from pydantic import BeforeValidator, ByteSize, Field, ValidationInfo, field_validator
 
 from cacheengine.config import Config, Positive
 from router.policy import POLICIES
+from router.sources import Dns, DnsName, Source, WorkersFile, parse_worker
 from router.worker import StaticWorker
 
-_WORKER = re.compile(r"(.+?)=(https?://[^/=]+/?)")
+_ALIAS = re.compile(r"([^=]+)=([^=]+)")
 
 
 def _split(value: object) -> object:
@@ -33,13 +34,35 @@ class GatewayConfig(Config):
     )
     workers: Annotated[list[str], BeforeValidator(_split)] = Field(
         default_factory=list,
-        description="Workers that do not register themselves, as `model=http://host:port` "
+        description="Workers that do not register themselves, as `model=http://host:port`, or "
+        "`model=dns://host:port` for every address of a name, asked again every 5 s "
         "(comma separated in the environment). Leave it alone when workers use Cairn's connector.",
+    )
+    workers_file: str = Field(
+        "",
+        description="A YAML or JSON list of `model=http://host:port`, read again whenever it changes. "
+        "Leave it alone when workers use Cairn's connector.",
+    )
+    aliases: Annotated[list[str], BeforeValidator(_split)] = Field(
+        default_factory=list,
+        description="Further names of models or adapters, as `alias=model`. Requests under an alias reach "
+        "the worker under the model's name.",
+    )
+    warmup_seconds: float = Field(
+        30.0,
+        ge=0,
+        description="How long a worker that joins takes only a rising share of the prompts it holds nothing "
+        "of, in seconds; 0: all at once. Leave it alone unless first requests are slow for longer.",
     )
     policy: str = Field(
         "predicted_ttft",
         description="How a worker is chosen; see router/policy.py for the names. "
         "Leave it alone except to compare.",
+    )
+    shadow_policy: str = Field(
+        "",
+        description="A policy to score beside the real one without using it: see "
+        "cairn_router_shadow_decisions. Costs a second scoring per request; empty: none.",
     )
     tokenizer_path: str = Field(
         "",
@@ -102,18 +125,34 @@ class GatewayConfig(Config):
     @classmethod
     def _name_a_model(cls, workers: list[str]) -> list[str]:
         for worker in workers:
-            if not _WORKER.fullmatch(worker):
-                raise ValueError(f"{worker!r} should read model=http://host:port")
+            parse_worker(worker)
         return workers
 
-    @field_validator("policy")
+    @field_validator("aliases")
     @classmethod
-    def _is_a_policy(cls, policy: str) -> str:
-        if policy not in POLICIES:
+    def _name_two(cls, aliases: list[str]) -> list[str]:
+        for alias in aliases:
+            if not _ALIAS.fullmatch(alias):
+                raise ValueError(f"{alias!r} should read alias=model")
+        return aliases
+
+    @field_validator("policy", "shadow_policy")
+    @classmethod
+    def _is_a_policy(cls, policy: str, info: ValidationInfo) -> str:
+        if policy not in POLICIES and (policy or info.field_name == "policy"):
             raise ValueError(f"{policy!r} is none of {', '.join(POLICIES)}")
         return policy
 
     def static_workers(self) -> list[StaticWorker]:
-        """`workers`, parsed."""
-        found = (_WORKER.fullmatch(worker) for worker in self.workers)
-        return [StaticWorker(url=match[2].rstrip("/"), model=match[1]) for match in found if match]
+        """Those of `workers` that have an address."""
+        return [worker for worker in map(parse_worker, self.workers) if isinstance(worker, StaticWorker)]
+
+    def sources(self) -> list[Source]:
+        """Where else workers are looked for."""
+        names = [worker for worker in map(parse_worker, self.workers) if isinstance(worker, DnsName)]
+        files = [WorkersFile(self.workers_file)] if self.workers_file else []
+        return [*files, *map(Dns, names)]
+
+    def alias_map(self) -> dict[str, str]:
+        """Alias → model."""
+        return dict(alias.split("=") for alias in self.aliases)

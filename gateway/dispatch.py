@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import httpx
 
 from cacheengine.keys import ChunkKey, KeyScheme
-from gateway.ask import Ask, read_ask
+from gateway.ask import Ask, read_ask, renamed
 from gateway.config import GatewayConfig
 from gateway.errors import (
     BadRequest,
@@ -29,7 +30,7 @@ from gateway.errors import (
 )
 from gateway.handshake import Handshake
 from gateway.metrics import Metrics
-from gateway.proxy import Client, ClientGone, Headers, Patience, ask_worker, relay
+from gateway.proxy import Answer, Client, ClientGone, Headers, Patience, ask_worker, relay
 from gateway.template import Unkeyable
 from gateway.tokenize import ModelTokenizer
 from router.placement import NoWorker as NobodyReady
@@ -52,6 +53,7 @@ class Prompt:
     keys: Sequence[ChunkKey]
     tokens: int
     affinity: bytes
+    unkeyed: str = ""  # why there are no keys
 
 
 @dataclass(slots=True)
@@ -83,6 +85,7 @@ class Dispatcher:
         self._patience = Patience(
             config.connect_timeout_seconds, config.first_byte_timeout_seconds, config.idle_timeout_seconds
         )
+        self._aliases = config.alias_map()
         self.inflight = 0
         metrics.inflight.set_function(lambda: self.inflight)
 
@@ -110,9 +113,13 @@ class Dispatcher:
 
     async def _answer(self, exchange: Exchange) -> None:
         """Raises GatewayError."""
-        ask = read_ask(exchange.body)
-        exchange.model = self._model(ask)
-        prompt = await self._prompt(exchange, ask)
+        ask, exchange.model, exchange.body = self._read(exchange.body)
+        started = time.perf_counter()
+        prompt = await self._prompt(exchange.model, ask, exchange.body, exchange.chat)
+        if prompt.unkeyed:
+            self._metrics.unkeyed.labels(prompt.unkeyed).inc()
+        else:
+            self._metrics.tokenize_seconds.observe(time.perf_counter() - started)
         try:
             placements = await self._router.place(
                 prompt.model, prompt.keys, prompt.tokens, affinity=prompt.affinity
@@ -121,43 +128,62 @@ class Dispatcher:
             raise NoWorker(prompt.model) from exc
         await self._try_each(exchange, prompt, placements)
 
+    def _read(self, body: bytes) -> tuple[Ask, str, bytes]:
+        """What was asked, the served name, and the body for the worker: as it came, unless an alias was used.
+        Raises GatewayError."""
+        ask = read_ask(body)
+        model = self._model(ask)
+        return ask, model, renamed(body, model) if ask.model in self._aliases else body
+
     def _model(self, ask: Ask) -> str:
         """The served name asked for.  Raises UnknownModel, NoWorker, BadRequest."""
-        ready = self._router.registry.models()
-        if ask.model in ready:
-            return ask.model
-        known = {*ready, *(str(worker["model"]) for worker in self._router.registry.describe())}
-        if ask.model is None and len(known) == 1:
-            return known.pop()
-        if ask.model is None and known:
+        registry = self._router.registry
+        name = self._aliases.get(ask.model or "", ask.model)
+        if name is not None and registry.workers_for(name):
+            return name
+        known = [*registry.describe()]
+        bases = {str(worker["model"]) for worker in known}
+        if name is None and len(bases) == 1:
+            return bases.pop()
+        if name is None and bases:
             raise BadRequest("You must provide a model parameter.", "model")
-        if not known or ask.model in known:
+        served = bases.union(*(worker["adapters"] for worker in known))
+        if not known or name in served or ask.model in self._aliases:
             raise NoWorker(ask.model or "")
         raise UnknownModel(ask.model or "")
 
-    async def _prompt(self, exchange: Exchange, ask: Ask) -> Prompt:
-        """Chunk keys where we can make them; else the body's first bytes keep a conversation together."""
-        started = time.perf_counter()
-        model, body = exchange.model, exchange.body
-        keys: Sequence[ChunkKey] = ()
-        total = len(body) // _BYTES_PER_TOKEN
+    async def explain(self, body: bytes) -> dict[str, Any]:
+        """Where a request with this body would go now, and why.  A dry run.  Raises GatewayError."""
+        ask, model, body = self._read(body)
+        prompt = await self._prompt(model, ask, body, chat=ask.messages is not None)
         try:
-            scheme = self._router.registry.scheme(model)
+            decision = await self._router.explain(model, prompt.keys, prompt.tokens, prompt.affinity)
+        except NobodyReady as exc:
+            raise NoWorker(model) from exc
+        return {**decision, "unkeyed": prompt.unkeyed}
+
+    async def _prompt(self, model: str, ask: Ask, body: bytes, chat: bool) -> Prompt:
+        """Chunk keys where we can make them; else the body's first bytes keep a conversation together."""
+        keys: Sequence[ChunkKey] = ()
+        total, unkeyed = len(body) // _BYTES_PER_TOKEN, ""
+        registry = self._router.registry
+        try:
+            scheme = registry.scheme(model)
             if scheme is None:
                 raise Unkeyable("no_scheme")
-            workers = (w for w in self._router.registry.workers_for(model) if w.scheme == scheme)
+            workers = (w for w in registry.workers_for(model) if w.scheme == scheme)
             tokenizer = next(filter(None, map(self._handshake.tokenizer, workers)), None)
             if tokenizer is None:
                 raise Unkeyable("no_tokenizer")
-            work = partial(_keys, tokenizer, scheme, ask, exchange.chat)
+            tags = (*ask.tags, ("lora", model)) if registry.adapter(model) else ask.tags
+            work = partial(_keys, tokenizer, scheme, ask, chat, tags)
             if len(body) <= _INLINE_BYTES:
                 keys, total = work()
             else:
                 keys, total = await asyncio.get_running_loop().run_in_executor(self._pool, work)
-            self._metrics.tokenize_seconds.observe(time.perf_counter() - started)
         except Unkeyable as exc:
-            self._metrics.unkeyed.labels(exc.reason).inc()
-        return Prompt(model, keys, total, body[:_AFFINITY_BYTES])
+            unkeyed = exc.reason
+        return Prompt(model, keys, total, body[:_AFFINITY_BYTES], unkeyed)
 
     async def _try_each(self, exchange: Exchange, prompt: Prompt, placements: Sequence[Placement]) -> None:
         """Best first, until a worker's first byte has reached the client.  Raises GatewayError."""
@@ -191,7 +217,7 @@ class Dispatcher:
         client, worker = exchange.client, placement.worker
         ticket = self._router.board.start(worker.id, prompt.tokens, placement.expected_hit_tokens)
         self._metrics.decisions.labels(placement.policy, placement.reason, worker.id).inc()
-        self._metrics.predicted_hit.inc(placement.expected_hit_tokens)
+        self._metrics.predicted_hit.labels(worker.id).inc(placement.expected_hit_tokens)
         try:
             async with ask_worker(
                 self._transport, worker.url, exchange.path, client.headers, exchange.body, self._patience
@@ -199,18 +225,22 @@ class Dispatcher:
                 ticket.first_byte()
                 self._metrics.ttft.labels(exchange.model).observe(time.perf_counter() - exchange.arrived)
                 await relay(answer, client, _explanation(client, placement))
-            if (cached := answer.cached_tokens) is not None:
-                self._metrics.actual_hit.inc(cached)
+            self._learn(answer, placement, prompt)
         finally:
             ticket.done()
 
+    def _learn(self, answer: Answer, placement: Placement, prompt: Prompt) -> None:
+        if answer.status == 200 and (cached := answer.cached_tokens) is not None:
+            self._metrics.learned(placement.worker.id, placement.expected_hit_tokens, cached)
+            self._router.learn(placement, prompt.tokens, cached)
+
 
 def _keys(
-    tokenizer: ModelTokenizer, scheme: KeyScheme, ask: Ask, chat: bool
+    tokenizer: ModelTokenizer, scheme: KeyScheme, ask: Ask, chat: bool, tags: Sequence[tuple[str, str]]
 ) -> tuple[Sequence[ChunkKey], int]:
     """Chunk keys of the (longest) prompt and the tokens of all.  Raises Unkeyable."""
     tokens = tokenizer.tokens(ask, chat)
-    return scheme.keys(tokens.ids, ask.tags), tokens.total
+    return scheme.keys(tokens.ids, tags), tokens.total
 
 
 def _explanation(client: Client, placement: Placement) -> Headers:
@@ -221,4 +251,6 @@ def _explanation(client: Client, placement: Placement) -> Headers:
         (b"x-cairn-worker", placement.worker.id.encode("latin-1", "replace")),
         (b"x-cairn-reason", placement.reason.encode()),
         (b"x-cairn-expected-hit-tokens", b"%d" % placement.expected_hit_tokens),
+        (b"x-cairn-policy", placement.policy.encode()),
+        (b"x-cairn-terms", ", ".join(f"{k}={ms:g}ms" for k, ms in placement.terms_ms.items()).encode()),
     ]

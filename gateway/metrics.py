@@ -9,7 +9,10 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from router.trust import STATES
+
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.25, 1.0)
+_SHARES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 _TTFT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
@@ -18,6 +21,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        self._shown: set[tuple[str, str, str]] = set()  # labels of `trust`
         counter = partial(Counter, registry=registry)
         seconds = partial(Histogram, buckets=_FAST, registry=registry)
         self.requests = counter("cairn_gateway_requests", "Requests answered.", ["model", "route", "status"])
@@ -36,14 +40,6 @@ class Metrics:
         )
         self.aborts = counter("cairn_gateway_aborts", "Requests whose client hung up before the end.")
         self.broken = counter("cairn_gateway_broken_streams", "Answers a worker stopped in the middle.")
-        self.decisions = counter("cairn_router_decisions", "Placements used.", ["policy", "reason", "worker"])
-        self.predicted_hit = counter(
-            "cairn_router_predicted_hit_tokens", "Prompt tokens the router expected in a cache."
-        )
-        self.actual_hit = counter(
-            "cairn_router_actual_hit_tokens",
-            "Prompt tokens workers reported as cached (vLLM needs --enable-prompt-tokens-details).",
-        )
         self.unkeyed = counter(
             "cairn_gateway_unkeyed_requests", "Requests routed without chunk keys, by why.", ["reason"]
         )
@@ -57,6 +53,7 @@ class Metrics:
             "Workers whose chunk keys or token ids are not ours; routed by hash only.",
             ["kind"],
         )
+        self._routing(registry)
 
     def decided(self, decision: Mapping[str, Any]) -> None:
         """The router's decision log, as it is written."""
@@ -64,3 +61,68 @@ class Metrics:
             self.index_lookup.observe(decision["lookup_ms"] / 1000)
         if decision["index"] == "down":
             self.index_down.inc()
+        if decision["blind"]:
+            self.blind.labels(decision["blind"]).inc()
+        if shadow := decision["shadow"]:
+            self.shadow.labels(shadow["policy"], "yes" if shadow["differs"] else "no").inc()
+            self.predicted_seconds.labels(decision["policy"], "used").inc(decision["predicted_ms"] / 1000)
+            self.predicted_seconds.labels(shadow["policy"], "shadow").inc(shadow["predicted_ms"] / 1000)
+
+    def learned(self, worker_id: str, predicted: int, actual: int) -> None:
+        """A worker said how many prompt tokens were cached, of a request we had predictions for."""
+        self.actual_hit.labels(worker_id).inc(actual)
+        if predicted:
+            self.precision.observe(min(actual, predicted) / predicted)
+
+    def fleet(self, trust: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+        """Gauges about workers, as of now: worker → part → state and precision."""
+        now = {
+            (worker_id, part, state): float(row["state"] == state)
+            for worker_id, parts in trust.items()
+            for part, row in parts.items()
+            for state in STATES
+        }
+        for labels, value in now.items():
+            self.trust.labels(*labels).set(value)
+        gone, self._shown = self._shown - now.keys(), set(now)
+        for labels in gone:
+            self.trust.remove(*labels)
+
+    def _routing(self, registry: CollectorRegistry) -> None:
+        counter = partial(Counter, registry=registry)
+        self.decisions = counter("cairn_router_decisions", "Placements used.", ["policy", "reason", "worker"])
+        self.predicted_hit = counter(
+            "cairn_router_predicted_hit_tokens", "Prompt tokens the router expected in a cache.", ["worker"]
+        )
+        self.actual_hit = counter(
+            "cairn_router_actual_hit_tokens",
+            "Prompt tokens workers reported as cached (vLLM needs --enable-prompt-tokens-details).",
+            ["worker"],
+        )
+        self.precision = Histogram(
+            "cairn_router_hit_precision",
+            "Share of a request's expected tokens that the worker had.",
+            buckets=_SHARES,
+            registry=registry,
+        )
+        self.trust = Gauge(
+            "cairn_router_trust",
+            "1 for the state the index's claims of a worker are in: what it holds itself (local) and what it "
+            "loads from the shared tier (shared).",
+            ["worker", "part", "state"],
+            registry=registry,
+        )
+        self.blind = counter(
+            "cairn_router_blind_decisions", "Decisions without the index, by why.", ["reason"]
+        )
+        self.shadow = counter(
+            "cairn_router_shadow_decisions",
+            "Decisions scored by shadow_policy too, and whether it chose another worker.",
+            ["policy", "differs"],
+        )
+        self.predicted_seconds = counter(
+            "cairn_router_predicted_seconds",
+            "Predicted time to first token, summed, of the worker used and of the one shadow_policy chose; "
+            "counted only with a shadow_policy.",
+            ["policy", "role"],
+        )

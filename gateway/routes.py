@@ -1,6 +1,6 @@
 """The HTTP surface.  Generation is plain ASGI: nothing between the worker's bytes and the socket."""
 
-from itertools import islice
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter
@@ -34,24 +34,25 @@ def generation(dispatcher: Dispatcher) -> list[BaseRoute]:
     ]
 
 
-def openai(router: Router, started: int) -> APIRouter:
+def openai(router: Router, aliases: Mapping[str, str], started: int) -> APIRouter:
     """The rest of OpenAI's surface.  `started` (Unix seconds) is the models' creation date."""
     api = APIRouter(tags=["openai"])
 
     @api.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """Every model some worker serves now."""
+        """Every model, adapter and alias some worker serves now."""
+        ready = router.registry.models()
+        names = {*ready, *(alias for alias, model in aliases.items() if model in ready)}
         served = [
-            {"id": name, "object": "model", "created": started, "owned_by": "cairn"}
-            for name in router.registry.models()
+            {"id": name, "object": "model", "created": started, "owned_by": "cairn"} for name in sorted(names)
         ]
         return {"object": "list", "data": served}
 
     return api
 
 
-def operations(router: Router, dispatcher: Dispatcher, metrics: Metrics) -> APIRouter:
-    """Health, metrics, and the admin pages `cairn status` reads."""
+def operations(router: Router, metrics: Metrics) -> APIRouter:
+    """Health and metrics."""
     api = APIRouter(tags=["operations"])
 
     @api.get("/health")
@@ -69,21 +70,7 @@ def operations(router: Router, dispatcher: Dispatcher, metrics: Metrics) -> APIR
 
     @api.get("/metrics")
     def exposition() -> Response:  # not async: FastAPI runs it on a thread, off the requests' loop
+        metrics.fleet({worker.id: router.trust.describe(worker) for worker in router.registry.snapshot()})
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    @api.get("/admin/workers")
-    async def workers() -> dict[str, Any]:
-        """Every known worker, ready or not, with this gateway's open requests on it."""
-        board = router.board
-        rows = [
-            {**row, "inflight": board.inflight(row["id"]), "prefilling_tokens": board.prefilling(row["id"])}
-            for row in router.registry.describe()
-        ]
-        return {"workers": rows, "inflight": dispatcher.inflight, "policy": router.policy}
-
-    @api.get("/admin/decisions")
-    async def decisions(limit: int = 100) -> dict[str, Any]:
-        """The newest placements first, each with all it takes to replay it."""
-        return {"decisions": list(islice(reversed(router.decisions), max(0, limit)))}
 
     return api

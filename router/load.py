@@ -62,17 +62,18 @@ class LoadBoard:
         row = self._rows.get(worker_id)
         return row.prefilling if row else 0
 
-    def queued_tokens(self, worker_id: str, reported: float, beat_ms: float) -> float:
+    def queued_tokens(self, worker_id: str, reported: float, beat_ms: float, note: bool = True) -> float:
         """Tokens in front of a new request: ours as of now, plus what the latest heartbeat says others sent.
 
         `reported` includes ours as they were at the heartbeat, so ours are taken off once, when that
-        heartbeat is first seen.
+        heartbeat is first seen.  Without `note` this is a look, after which it was still not seen.
         """
-        row = self._rows.setdefault(worker_id, _Row())
-        if beat_ms != row.beat_ms:
-            row.beat_ms = beat_ms
-            row.others = max(0.0, reported - row.prefilling)
-        return row.prefilling + row.others
+        row = self._rows.get(worker_id) or _Row()
+        others = row.others if beat_ms == row.beat_ms else max(0.0, reported - row.prefilling)
+        if note:
+            row.beat_ms, row.others = beat_ms, others
+            self._rows[worker_id] = row
+        return row.prefilling + others
 
     def forget(self, worker_id: str) -> None:
         """The worker left the fleet; its row goes as soon as nothing is open on it."""

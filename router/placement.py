@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from router.policy import NO_HIT, Hit
 from router.worker import Worker
 
 
@@ -27,3 +28,5 @@ class Placement:
     reason: str
     policy: str
     terms_ms: Mapping[str, float]  # queue, transfer, compute, interference
+    claimed: Hit = NO_HIT  # what the index said, believed or not
+    decision: int = 0  # number of the decision in the router's log

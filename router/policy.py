@@ -42,6 +42,7 @@ class Candidate:
     hit: Hit = NO_HIT
     token_bytes: float = 0
     bandwidth: Mapping[str, float] = field(default_factory=dict)  # bytes/s by tier, where measured
+    held_back: bool = False  # new, and this prompt is not of its share yet
 
 
 class Choice(NamedTuple):
@@ -94,6 +95,12 @@ POLICIES: dict[str, Policy] = {
 CACHE_BLIND = frozenset({"least_loaded", "round_robin"})
 
 
+def decide(name: str, prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
+    """The order of a policy, those held back behind everybody else.  Raises KeyError."""
+    order = POLICIES[name](prompt, candidates, turn)
+    return sorted(order, key=lambda choice: choice.candidate.held_back)
+
+
 def cost(prompt: int, candidate: Candidate, rate: float) -> Choice:
     """Predicted seconds to the first token, term by term, at `rate` tokens/s of prefill.
 
@@ -126,8 +133,7 @@ def cost(prompt: int, candidate: Candidate, rate: float) -> Choice:
 def replay(decision: Mapping[str, Any]) -> list[str]:
     """The order of workers again, from one line of the decision log (also after a trip through JSON)."""
     candidates = [Candidate(**{**held, "hit": Hit(*held["hit"])}) for held in decision["candidates"]]
-    policy = POLICIES[decision["ran"]]
-    order = policy(decision["prompt_tokens"], candidates, decision["turn"])
+    order = decide(decision["ran"], decision["prompt_tokens"], candidates, decision["turn"])
     return [choice.candidate.worker for choice in order]
 
 

@@ -1,41 +1,57 @@
 """Which workers take traffic.  Nothing else in the gateway knows that discovery exists.
 
-Workers come from leases in Redis and from a static list (a lease wins over a static entry of the same URL).
-A worker takes traffic once its /health answered 200, and leaves when a request could not connect, until
-/health answers again.  When a lease is gone or Redis does not answer, the last known worker stays, marked
-stale, as long as its /health answers.
+Workers are named by sources (router/sources.py).  A worker takes traffic once its /health answered 200, and
+leaves when a request could not connect, until /health answers again.  When its source does not name it any
+more, or cannot be asked, the last known worker stays, marked stale, as long as its /health answers.
+
+Operators drain workers (no new traffic until resumed; what is under way finishes) and remove them (forgotten
+until they restart or are resumed).  Such orders hold for every gateway of the fleet where there is a Redis.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 import httpx
+import msgspec
 
 from cacheengine.errors import IndexDown
+from cacheengine.index_orders import Orders
 from cacheengine.index_reader import Fleet
 from cacheengine.keys import KeyScheme
-from router.worker import StaticWorker, Worker, from_lease, from_static, majority_scheme
+from router.sources import Leases, Source, SourceDown, Static
+from router.worker import StaticWorker, Worker, majority_scheme
 
 log = logging.getLogger(__name__)
 
 HEALTH_SECONDS = 1.0
-STALE_SECONDS = 10.0  # a worker whose lease is gone, although Redis answers, leaves after this
+ADAPTERS_SECONDS = 30.0  # between two looks at a worker's list of adapters
+ADAPTERS_AT_ONCE = 32  # looks per refresh, however large the fleet
+WARMUP_SECONDS = 30.0
+DRAINED, REMOVED = "drained", "removed@"  # orders; a boot id follows "removed@"
+
+
+class UnknownWorker(LookupError):
+    """No source names a worker of that id."""
 
 
 @dataclass(slots=True)
 class _Known:
     worker: Worker
-    leased: bool
+    source: Source
+    since: float | None  # when it was ready first; None: not yet
     ready: bool = False  # /health said so, and no request found otherwise since
-    gone_since: float | None = None  # Redis answered without this worker's lease
+    gone_since: float | None = None  # its source answered without it
+    adapters: tuple[str, ...] = ()
+    adapters_asked: float = -math.inf
 
 
 class Registry:
-    """REQUIRES: used from one event loop; `http` and `fleet` are opened and closed by the caller."""
+    """REQUIRES: used from one event loop; what is passed in is opened and closed by the caller."""
 
     def __init__(
         self,
@@ -45,29 +61,80 @@ class Registry:
         interval: float = 1.0,
         clock: Callable[[], float] = monotonic,
         on_leave: Callable[[str], None] = lambda worker_id: None,
+        *,
+        sources: Sequence[Source] = (),
+        orders: Orders | None = None,
+        warmup_seconds: float = WARMUP_SECONDS,
     ) -> None:
-        """`on_leave` hears the id of a worker that is forgotten, so that others forget it too."""
-        self._http, self._fleet, self._interval, self._clock = http, fleet, interval, clock
-        self._on_leave = on_leave
-        self._known = {w.id: _Known(w, leased=False) for w in map(from_static, static)}
+        """Leases win over `static`, and that over `sources`.  Without `orders` they are this gateway's own.
+        `on_leave` hears the id of a worker that is forgotten, so that others forget it too."""
+        self._http, self._interval, self._clock = http, interval, clock
+        self._sources: list[Source] = [Leases(fleet)] if fleet else []
+        self._sources += [Static(static), *sources]
+        self._store, self._orders, self._given = orders, dict[str, str](), 0
+        self._warmup, self._on_leave = warmup_seconds, on_leave
+        self._known: dict[str, _Known] = {}
+        self._heard: set[int] = set()  # sources (by their place) that have answered before
         self._distrusted: set[tuple[str, str]] = set()  # (worker id, boot id)
         self._ready: tuple[Worker, ...] = ()
+        self._by_model: dict[str, tuple[Worker, ...]] = {}
+        self._schemes: dict[str, KeyScheme | None] = {}
 
     def snapshot(self) -> tuple[Worker, ...]:
         """Every worker that takes traffic now, by id."""
         return self._ready
 
     def workers_for(self, model: str) -> tuple[Worker, ...]:
-        """Those that serve this model."""
-        return tuple(worker for worker in self._ready if worker.model == model)
+        """Those that serve this model, or have this adapter."""
+        return self._by_model.get(model, ())
 
     def models(self) -> tuple[str, ...]:
-        """Served names, sorted."""
-        return tuple(sorted({worker.model for worker in self._ready}))
+        """Served names and adapters, sorted."""
+        return tuple(sorted(self._by_model))
+
+    def adapter(self, model: str) -> bool:
+        """Whether this is the name of a LoRA adapter of the workers that serve it."""
+        return any(worker.model != model for worker in self.workers_for(model))
 
     def scheme(self, model: str) -> KeyScheme | None:
         """How to name chunks of this model's prompts; None: no worker whose names we can make."""
-        return majority_scheme(self.workers_for(model))
+        return self._schemes.get(model)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Every known worker, ready or not, in plain types."""
+        return [
+            {
+                "id": known.worker.id,
+                "url": known.worker.url,
+                "model": known.worker.model,
+                "adapters": list(known.adapters),
+                "state": self._state(known),
+                "stale": known.worker.stale,
+                "leased": known.source.vouches,
+                "source": known.source.name,
+                "share": self._share(known),
+                "trusted": known.worker.trusted,
+                "namespace": known.worker.namespace.hex() if known.worker.namespace else "",
+                "chunk_tokens": known.worker.chunk_tokens,
+                "epoch": known.worker.epoch,
+                "tiers": list(known.worker.tiers),
+                "load": known.worker.load._asdict(),
+                "beat": dict(known.worker.beat),
+            }
+            for _, known in sorted(self._known.items())
+        ]
+
+    def find(self, worker_id: str) -> Worker | None:
+        """A known worker, ready or not."""
+        known = self._known.get(worker_id)
+        return known.worker if known else None
+
+    def removed(self) -> list[str]:
+        """Who was removed and has not come back."""
+        orders = self._orders.items()
+        return sorted(id_ for id_, order in orders if order.startswith(REMOVED) and id_ not in self._known)
+
+    # -- what others say ---------------------------------------------------------------------------
 
     def mark_down(self, worker_id: str) -> None:
         """A request could not connect: no traffic until /health answers again.  Unknown ids are fine."""
@@ -84,36 +151,43 @@ class Registry:
             known.worker = replace(known.worker, trusted=False)
             self._publish()
 
-    def describe(self) -> list[dict[str, Any]]:
-        """Every known worker, ready or not, in plain types."""
-        return [
-            {
-                "id": known.worker.id,
-                "url": known.worker.url,
-                "model": known.worker.model,
-                "state": "ready" if known.ready else "down",
-                "stale": known.worker.stale,
-                "leased": known.leased,
-                "trusted": known.worker.trusted,
-                "namespace": known.worker.namespace.hex() if known.worker.namespace else "",
-                "chunk_tokens": known.worker.chunk_tokens,
-                "epoch": known.worker.epoch,
-                "tiers": list(known.worker.tiers),
-                "load": known.worker.load._asdict(),
-                "beat": dict(known.worker.beat),
-            }
-            for _, known in sorted(self._known.items())
-        ]
+    async def order(self, worker_id: str, what: Literal["drain", "resume", "remove"]) -> None:
+        """Holds here at once and everywhere within a refresh.  Raises UnknownWorker, and IndexDown when the
+        other gateways cannot be told: then nothing changes here either."""
+        known = self._known.get(worker_id)
+        if known is None and (what != "resume" or worker_id not in self._orders):
+            raise UnknownWorker(worker_id)
+        order = ""
+        if known is not None and what != "resume":
+            order = DRAINED if what == "drain" else REMOVED + known.worker.boot_id
+        if self._store is not None:
+            await self._store.give(worker_id, order)
+        self._given += 1
+        self._orders = {**self._orders, worker_id: order} if order else _without(self._orders, worker_id)
+        log.info("worker %s: %s", worker_id, what)
+        if order.startswith(REMOVED):
+            self._drop(worker_id, "was removed")
+        self._publish()
+
+    # -- looking -----------------------------------------------------------------------------------
 
     async def refresh(self) -> None:
-        """Read the leases, then ask those who must prove themselves."""
-        await self._read_leases()
+        """Ask the sources, then those workers who must prove themselves."""
+        named, _ = await asyncio.gather(
+            asyncio.gather(*(self._ask(source) for source in self._sources)), self._read_orders()
+        )
+        self._merge(named)
         asked = [known for known in self._known.values() if not self._vouched(known)]
-        answers = await asyncio.gather(*(self._healthy(known.worker) for known in asked))
+        answers, _ = await asyncio.gather(
+            asyncio.gather(*(self._healthy(known.worker) for known in asked)),
+            asyncio.gather(*map(self._look_for_adapters, self._curious())),
+        )
         for known, healthy in zip(asked, answers, strict=True):
             if healthy != known.ready:
                 log.info("worker %s is %s", known.worker.id, "ready" if healthy else "not ready")
             known.ready = healthy
+            if healthy and known.since is None:
+                known.since = self._clock()
         self._publish()
 
     async def run(self) -> None:
@@ -125,62 +199,84 @@ class Registry:
             except Exception:  # the top of a task: discovery must outlive a bug in it
                 log.exception("registry")
 
-    async def _read_leases(self) -> None:
-        if self._fleet is None:
-            return
+    async def _ask(self, source: Source) -> Sequence[Worker] | None:
         try:
-            leases = await self._fleet.read()
-        except IndexDown as exc:
+            return await source.read()
+        except SourceDown as exc:
             log.debug("keeping the last known workers: %s", exc)
-            for known in self._leased():
-                known.worker = replace(known.worker, stale=True)
-            return
-        seen = set()
-        for lease in leases:
-            try:
-                worker = from_lease(lease)
-            except ValueError as exc:
-                log.warning("ignoring a lease: %s", exc)
-                continue
-            seen.add(worker.id)
-            self._meet(worker)
-        self._miss(seen)
+            return None
 
-    def _meet(self, worker: Worker) -> None:
+    async def _read_orders(self) -> None:
+        if self._store is None:
+            return
+        given = self._given
+        try:
+            orders = dict(await self._store.read())
+        except IndexDown as exc:
+            log.debug("keeping the last known orders: %s", exc)
+            return
+        if given == self._given:  # or it was read before the order that was given meanwhile
+            self._orders = orders
+
+    def _merge(self, named: Sequence[Sequence[Worker] | None]) -> None:
+        """The earlier source keeps an id and a URL that a later one names too."""
+        ids: set[str] = set()
+        urls: set[str] = set()
+        for place, (source, workers) in enumerate(zip(self._sources, named, strict=True)):
+            for worker in workers or ():
+                if worker.id not in ids and worker.url not in urls and not self._removed(worker):
+                    self._meet(worker, source, new=place in self._heard)
+                    ids.add(worker.id)
+            taken = urls | {worker.url for worker in workers or ()}
+            self._miss(source, None if workers is None else ids, taken)
+            if workers is not None:
+                self._heard.add(place)
+            mine = [known.worker for known in self._known.values() if known.source is source]
+            ids |= {worker.id for worker in mine}
+            urls |= {worker.url for worker in mine}
+
+    def _meet(self, worker: Worker, source: Source, new: bool) -> None:
+        """`new`: it joins a fleet that was there before, and warms up."""
         if (worker.id, worker.boot_id) in self._distrusted:
             worker = replace(worker, trusted=False)
         known = self._known.get(worker.id)
         # a new process, or a new address, has to prove itself: it may beat before it listens
         if known is None or (known.worker.boot_id, known.worker.url) != (worker.boot_id, worker.url):
-            if not worker.trusted:
+            if worker.namespace is not None and not worker.trusted:
                 log.warning(
                     "worker %s names chunks in another way; it gets no cache-aware traffic", worker.id
                 )
-            self._known[worker.id] = _Known(worker, leased=True)
+            self._known[worker.id] = _Known(worker, source, None if new or known else -math.inf)
         else:
-            known.worker, known.leased, known.gone_since = worker, True, None
+            known.worker, known.source, known.gone_since = worker, source, None
 
-    def _miss(self, seen: set[str]) -> None:
+    def _miss(self, source: Source, seen: set[str] | None, taken: set[str]) -> None:
+        """`seen` None: the source could not be asked.  `taken`: URLs that belong to those who were named."""
         now = self._clock()
-        for known in self._leased():
+        for known in [known for known in self._known.values() if known.source is source]:
             worker = known.worker
-            if worker.id in seen:
-                continue
-            if known.gone_since is None:
-                known.gone_since = now
+            if self._removed(worker):
+                self._drop(worker.id, "was removed")
+            elif worker.id not in (seen or ()) and worker.url in taken:
+                self._drop(worker.id, "has another name now")
+            elif seen is None:
                 known.worker = replace(worker, stale=True)
-            if now - known.gone_since > STALE_SECONDS:
-                del self._known[worker.id]
-                self._distrusted = {held for held in self._distrusted if held[0] != worker.id}
-                log.info("worker %s left", worker.id)
-                self._on_leave(worker.id)
+            elif worker.id not in seen:
+                if known.gone_since is None:
+                    known.gone_since = now
+                    known.worker = replace(worker, stale=True)
+                if not source.grace_seconds or now - known.gone_since > source.grace_seconds:
+                    self._drop(worker.id, "left")
 
-    def _leased(self) -> list[_Known]:
-        return [known for known in self._known.values() if known.leased]
+    def _drop(self, worker_id: str, why: str) -> None:
+        del self._known[worker_id]
+        self._distrusted = {held for held in self._distrusted if held[0] != worker_id}
+        log.info("worker %s %s", worker_id, why)
+        self._on_leave(worker_id)
 
     def _vouched(self, known: _Known) -> bool:
         """A fresh lease speaks for a worker that was ready; everybody else is asked."""
-        return known.ready and known.leased and not known.worker.stale
+        return known.ready and known.source.vouches and not known.worker.stale
 
     async def _healthy(self, worker: Worker) -> bool:
         try:
@@ -189,10 +285,66 @@ class Registry:
             return False
         return reply.status_code == 200
 
+    def _curious(self) -> list[_Known]:
+        """Whose adapters to look at now: of the ready, those not asked for longest."""
+        due = self._clock() - ADAPTERS_SECONDS
+        waiting = [known for known in self._known.values() if known.ready and known.adapters_asked <= due]
+        return sorted(waiting, key=lambda known: known.adapters_asked)[:ADAPTERS_AT_ONCE]
+
+    async def _look_for_adapters(self, known: _Known) -> None:
+        """vLLM's /v1/models names each LoRA adapter with the base model as its parent."""
+        known.adapters_asked = self._clock()
+        try:
+            reply = await self._http.get(f"{known.worker.url}/v1/models", timeout=HEALTH_SECONDS)
+            cards = msgspec.json.decode(reply.content, type=_Cards).data
+        except (httpx.HTTPError, msgspec.DecodeError):
+            return  # what was known stands
+        known.adapters = tuple(sorted({card.id for card in cards if card.parent}))
+
+    # -- what follows ------------------------------------------------------------------------------
+
+    def _removed(self, worker: Worker) -> bool:
+        return self._orders.get(worker.id) == REMOVED + worker.boot_id
+
+    def _state(self, known: _Known) -> str:
+        if self._orders.get(known.worker.id) == DRAINED:
+            return DRAINED
+        return "ready" if known.ready else "down"
+
+    def _share(self, known: _Known) -> float:
+        if known.since is None or not self._warmup:
+            return 1.0
+        return round(min(1.0, max(0.0, (self._clock() - known.since) / self._warmup)), 4)
+
     def _publish(self) -> None:
-        leased = {known.worker.url for known in self._leased()}
-        self._ready = tuple(
-            known.worker
-            for _, known in sorted(self._known.items())
-            if known.ready and (known.leased or known.worker.url not in leased)
-        )
+        ready = []
+        for _, known in sorted(self._known.items()):
+            if self._state(known) == "ready":
+                share = self._share(known)
+                plain = share == 1 and not known.adapters
+                ready.append(
+                    known.worker if plain else replace(known.worker, share=share, adapters=known.adapters)
+                )
+        by_model: dict[str, list[Worker]] = {}
+        for worker in ready:
+            by_model.setdefault(worker.model, []).append(worker)
+        bases = set(by_model)
+        for worker in ready:
+            for name in set(worker.adapters) - bases:
+                by_model.setdefault(name, []).append(worker)
+        self._ready = tuple(ready)
+        self._by_model = {model: tuple(workers) for model, workers in by_model.items()}
+        self._schemes = {model: majority_scheme(workers) for model, workers in by_model.items()}
+
+
+def _without(orders: Mapping[str, str], worker_id: str) -> dict[str, str]:
+    return {held: order for held, order in orders.items() if held != worker_id}
+
+
+class _Card(msgspec.Struct):
+    id: str
+    parent: str | None = None
+
+
+class _Cards(msgspec.Struct):
+    data: list[_Card]

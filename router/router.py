@@ -4,18 +4,31 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from cacheengine.errors import IndexDown
 from cacheengine.index_reader import IndexReader
 from cacheengine.index_schema import NOTHING, Depths
-from cacheengine.keys import ChunkKey, digest
+from cacheengine.keys import ChunkKey, KeyScheme, digest
 from router.load import LoadBoard
 from router.pending import PendingPrefixes
 from router.placement import NoWorker, Placement
-from router.policy import CACHE_BLIND, NO_HIT, POLICIES, Candidate, Choice, Hit, as_log
+from router.policy import (
+    CACHE_BLIND,
+    DEFAULT_RATE,
+    NO_HIT,
+    POLICIES,
+    SLOWEST,
+    Candidate,
+    Choice,
+    Hit,
+    as_log,
+    cost,
+    decide,
+)
 from router.registry import Registry
 from router.ring import Ring
+from router.trust import Trust
 from router.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -24,6 +37,18 @@ DECISIONS = 1000
 FALLBACK = "prefix_ring"  # what runs when the index cannot be asked
 
 Holders = Mapping[tuple[str, int], Depths]
+
+
+class Weighed(NamedTuple):
+    """One prompt in front of the fleet as it is now: everything a decision is made of."""
+
+    candidates: list[Candidate]
+    ran: str  # the policy that made the order
+    index_was: str  # up, down or unused
+    blind: str  # why nothing the index may know was used; "" where it was
+    order: list[Choice]
+    placements: list[Placement]
+    shadow: dict[str, Any] | None  # what another policy would have done
 
 
 class Router:
@@ -40,10 +65,16 @@ class Router:
         policy: str = "predicted_ttft",
         clock: Callable[[], float] = time.monotonic,
         on_decision: Callable[[Mapping[str, Any]], None] | None = None,
+        *,
+        shadow: str = "",
+        trust: Trust | None = None,
     ) -> None:
-        """Raises KeyError for an unknown policy."""
-        POLICIES[policy]
-        self.registry, self.board, self.policy = registry, board, policy
+        """`shadow` is a policy that is scored beside the real one and never used.  Raises KeyError for an
+        unknown policy."""
+        for name in filter(None, (policy, shadow)):
+            POLICIES[name]
+        self.registry, self.board, self.policy, self.shadow = registry, board, policy, shadow
+        self.trust = trust or Trust(clock)
         self._index, self._clock, self._on_decision = index, clock, on_decision
         self._pending = PendingPrefixes(clock)
         self._rings: dict[tuple[str, ...], Ring] = {}
@@ -64,25 +95,55 @@ class Router:
         holders, index = await self._holders(model, keys)
         lookup = self._clock() - started
         # from here to the caller nothing awaits: two requests at once see each other
-        workers = {w.id: w for w in self.registry.workers_for(model) if w.id not in exclude}
-        if not workers:
-            raise NoWorker(f"no worker serves {model!r} now")
-        ring_key = keys[0] if keys else digest(affinity)
-        candidates = self._candidates(workers, holders, keys, prompt_tokens, ring_key)
-        ran = self.policy
-        if self.policy not in CACHE_BLIND and index == "down":
-            ran = FALLBACK
-        order = POLICIES[ran](prompt_tokens, candidates, self._turn)
-        placements = [self._placement(workers[c.candidate.worker], c, ran, index, keys) for c in order]
-        self._pending.sent(keys, placements[0].worker.id)
-        self._note(model, prompt_tokens, len(keys), ran, index, lookup, candidates, placements)
+        weighed = self._weigh(model, keys, prompt_tokens, exclude, affinity, holders, index)
+        self._pending.sent(keys, weighed.placements[0].worker.id)
+        self._note(self._decision(model, keys, prompt_tokens, weighed, lookup))
         self._turn += 1
-        return placements
+        return weighed.placements
+
+    async def explain(
+        self, model: str, keys: Sequence[ChunkKey], prompt_tokens: int, affinity: bytes = b""
+    ) -> dict[str, Any]:
+        """What place() would do now and why, in plain types, without doing it.  Raises NoWorker."""
+        started = self._clock()
+        holders, index = await self._holders(model, keys)
+        lookup = self._clock() - started
+        weighed = self._weigh(model, keys, prompt_tokens, (), affinity, holders, index, dry=True)
+        rows = []
+        for choice, placement in zip(weighed.order, weighed.placements, strict=True):
+            rows.append(
+                {
+                    "worker": placement.worker.id,
+                    "reason": placement.reason,
+                    "terms_ms": dict(placement.terms_ms),
+                    "total_ms": round(1000 * choice.seconds, 3),
+                    "expected_hit_tokens": placement.expected_hit_tokens,
+                    "hit_by_tier": dict(placement.hit_by_tier),
+                    "claimed_by_index": placement.claimed._asdict(),
+                    "trust": self.trust.describe(placement.worker),
+                    "ring": choice.candidate.ring,
+                    "inflight": choice.candidate.inflight,
+                    "queued_tokens": choice.candidate.queued_tokens,
+                    "held_back": choice.candidate.held_back,
+                }
+            )
+        return {**self._decision(model, keys, prompt_tokens, weighed, lookup), "workers": rows}
+
+    def learn(self, placement: Placement, prompt_tokens: int, cached_tokens: int) -> None:
+        """The worker answered, and says how many prompt tokens it did not have to compute."""
+        worker = placement.worker
+        local, shared = _loadable(worker, placement.claimed, prompt_tokens)
+        self.trust.heard(worker, "local", local, cached_tokens)
+        if cached_tokens >= local:  # or the shared part was out of reach
+            self.trust.heard(worker, "shared", shared, cached_tokens - local)
+        age = self._turn - placement.decision
+        if 0 < age <= len(self.decisions):
+            self.decisions[-age]["actual_hit_tokens"] = cached_tokens
 
     async def _holders(self, model: str, keys: Sequence[ChunkKey]) -> tuple[Holders, str]:
         """Who holds what, and whether the index was "up", "down" or "unused"."""
         scheme = self.registry.scheme(model)
-        if self._index is None or scheme is None or not keys or self.policy in CACHE_BLIND:
+        if self._index is None or scheme is None or not keys or self._indifferent():
             return {}, "unused"
         try:
             return await self._index.holders(scheme.namespace, keys), "up"
@@ -90,30 +151,106 @@ class Router:
             log.debug("routing by ring: %s", exc)
             return {}, "down"
 
+    def _indifferent(self) -> bool:
+        """No policy here looks at the cache."""
+        return {self.policy, self.shadow or self.policy} <= CACHE_BLIND
+
+    def _weigh(
+        self,
+        model: str,
+        keys: Sequence[ChunkKey],
+        prompt_tokens: int,
+        exclude: Collection[str],
+        affinity: bytes,
+        holders: Holders,
+        index: str,
+        dry: bool = False,
+    ) -> Weighed:
+        """`dry` changes nothing that a later decision sees.  Raises NoWorker."""
+        workers = {w.id: w for w in self.registry.workers_for(model) if w.id not in exclude}
+        if not workers:
+            raise NoWorker(f"no worker serves {model!r} now")
+        scheme = self.registry.scheme(model)
+        ring_key = keys[0] if keys else digest(affinity)
+        candidates, claims = self._candidates(workers, scheme, holders, keys, prompt_tokens, ring_key, dry)
+        ran = self._runs(self.policy, index)
+        order = decide(ran, prompt_tokens, candidates, self._turn)
+        ignored = any(map(any, claims.values())) and not any(any(c.hit) for c in candidates)
+        return Weighed(
+            candidates,
+            ran,
+            index,
+            self._blind(index, bool(keys), scheme, ignored),
+            order,
+            [self._placement(workers[c.candidate.worker], c, ran, index, keys, claims) for c in order],
+            self._shadowed(prompt_tokens, candidates, index, order[0]),
+        )
+
+    def _runs(self, policy: str, index: str) -> str:
+        return FALLBACK if index == "down" and policy not in CACHE_BLIND else policy
+
+    def _believed(self, worker: Worker, held: Depths) -> Depths:
+        """A worker the index is wrong about counts as one that holds nothing itself."""
+        if not self.trust.believes(worker, "local"):
+            held = NOTHING._replace(shared=held.shared)
+        return held if self.trust.believes(worker, "shared") else held._replace(shared=0)
+
+    def _blind(self, index: str, keyed: bool, scheme: KeyScheme | None, ignored: bool) -> str:
+        """Why this decision was made without the index; "" where it was not."""
+        reasons = {
+            "policy": self.policy in CACHE_BLIND,
+            "index_down": index == "down",
+            "no_index": self._index is None,
+            "no_scheme": scheme is None,
+            "no_keys": not keyed,
+            "stale": ignored,
+        }
+        return next((reason for reason, true in reasons.items() if true), "")
+
+    def _shadowed(
+        self, prompt_tokens: int, candidates: list[Candidate], index: str, used: Choice
+    ) -> dict[str, Any] | None:
+        if not self.shadow:
+            return None
+        ran = self._runs(self.shadow, index)
+        other = decide(ran, prompt_tokens, candidates, self._turn)[0]
+        return {
+            "policy": self.shadow,
+            "ran": ran,
+            "worker": other.candidate.worker,
+            "differs": other.candidate.worker != used.candidate.worker,
+            "predicted_ms": round(1000 * other.seconds, 3),
+        }
+
     def _candidates(
         self,
         workers: Mapping[str, Worker],
+        scheme: KeyScheme | None,
         holders: Holders,
         keys: Sequence[ChunkKey],
         prompt_tokens: int,
         ring_key: bytes,
-    ) -> list[Candidate]:
-        scheme = self.registry.scheme(next(iter(workers.values())).model)
+        dry: bool,
+    ) -> tuple[list[Candidate], dict[str, Hit]]:
+        """Also what the index claims of each worker, whether we believe it or not."""
         # blobs in Redis outlive whoever put them there: lives that are over still count
         shared = max((depths.shared for depths in holders.values()), default=0)
         sent_to, sent = self._pending.find(keys)
         rank = {worker_id: i for i, worker_id in enumerate(self._ring(workers).order(ring_key))}
-        candidates = []
+        candidates, claims = [], {}
         for worker in workers.values():
             hit, pending = NO_HIT, 0
             if scheme is not None and worker.scheme == scheme:
                 held = holders.get((worker.id, worker.epoch), NOTHING)
+                if held.shared != (common := shared if worker.shares else 0):
+                    held = held._replace(shared=common)
+                hit = claims[worker.id] = _stretches(held, scheme.chunk_tokens, prompt_tokens)
+                believed = self._believed(worker, held) if hit is not NO_HIT else held
                 if worker.id == sent_to:
-                    pending = max(0, sent - held.local) * scheme.chunk_tokens
-                    held = held._replace(device=max(held.device, sent))
-                if "shared" in worker.tiers or "redis" in worker.tiers:
-                    held = held._replace(shared=shared)
-                hit = _stretches(held, scheme.chunk_tokens, prompt_tokens)
+                    pending = max(0, sent - believed.local) * scheme.chunk_tokens
+                    believed = believed._replace(device=max(believed.device, sent))
+                if believed is not held:
+                    hit = _stretches(believed, scheme.chunk_tokens, prompt_tokens)
             load = worker.load
             candidates.append(
                 Candidate(
@@ -121,15 +258,18 @@ class Router:
                     ring=rank[worker.id],
                     inflight=self.board.inflight(worker.id),
                     running=load.running,
-                    queued_tokens=self.board.queued_tokens(worker.id, load.queued_tokens, load.beat_ms),
+                    queued_tokens=self.board.queued_tokens(
+                        worker.id, load.queued_tokens, load.beat_ms, note=not dry
+                    ),
                     pending_tokens=pending,
                     prefill_rate=load.prefill_rate,
                     hit=hit,
                     token_bytes=worker.token_bytes,
                     bandwidth={"host": load.bw_host, "disk": load.bw_disk, "shared": load.bw_redis},
+                    held_back=_held_back(worker, hit, ring_key),
                 )
             )
-        return candidates
+        return candidates, claims
 
     def _ring(self, workers: Mapping[str, Worker]) -> Ring:
         members = tuple(sorted(workers))
@@ -140,7 +280,13 @@ class Router:
         return ring
 
     def _placement(
-        self, worker: Worker, choice: Choice, ran: str, index: str, keys: Sequence[ChunkKey]
+        self,
+        worker: Worker,
+        choice: Choice,
+        ran: str,
+        index: str,
+        keys: Sequence[ChunkKey],
+        claims: Mapping[str, Hit],
     ) -> Placement:
         tokens = sum(choice.hit)
         if ran in CACHE_BLIND:
@@ -158,44 +304,69 @@ class Router:
             reason=reason,
             policy=ran,
             terms_ms={name: round(1000 * seconds, 3) for name, seconds in choice.terms.items()},
+            claimed=claims.get(worker.id, NO_HIT),
+            decision=self._turn,
         )
 
-    def _note(
-        self,
-        model: str,
-        prompt_tokens: int,
-        chunks: int,
-        ran: str,
-        index: str,
-        lookup: float,
-        candidates: Sequence[Candidate],
-        placements: Sequence[Placement],
-    ) -> None:
-        first = placements[0]
-        decision = {
+    def _decision(
+        self, model: str, keys: Sequence[ChunkKey], prompt_tokens: int, weighed: Weighed, lookup: float
+    ) -> dict[str, Any]:
+        """One line of the log, in plain types."""
+        first = weighed.placements[0]
+        return {
             "at": time.time(),
             "model": model,
             "prompt_tokens": prompt_tokens,
-            "chunks": chunks,
+            "chunks": len(keys),
             "policy": self.policy,
-            "ran": ran,
+            "ran": weighed.ran,
             "turn": self._turn,
-            "index": index,
+            "index": weighed.index_was,
+            "blind": weighed.blind,
             "lookup_ms": round(1000 * lookup, 3),
-            "candidates": [as_log(candidate) for candidate in candidates],
-            "order": [placement.worker.id for placement in placements],
+            "candidates": [as_log(candidate) for candidate in weighed.candidates],
+            "order": [placement.worker.id for placement in weighed.placements],
             "worker": first.worker.id,
             "reason": first.reason,
             "expected_hit_tokens": first.expected_hit_tokens,
+            "claimed_by_index": first.claimed._asdict(),
+            "actual_hit_tokens": None,  # until the worker says
             "terms_ms": dict(first.terms_ms),
+            "predicted_ms": round(1000 * weighed.order[0].seconds, 3),
+            "shadow": weighed.shadow,
         }
+
+    def _note(self, decision: dict[str, Any]) -> None:
         self.decisions.append(decision)
         if self._on_decision is not None:
             self._on_decision(decision)
 
 
+def _loadable(worker: Worker, claimed: Hit, prompt_tokens: int) -> tuple[int, int]:
+    """Of what the index claims, the tokens the worker would load if it has them: (its own, shared)."""
+    rate = worker.load.prefill_rate if worker.load.prefill_rate >= SLOWEST else DEFAULT_RATE
+    speeds = {"host": worker.load.bw_host, "disk": worker.load.bw_disk, "shared": worker.load.bw_redis}
+    candidate = Candidate(worker.id, hit=claimed, token_bytes=worker.token_bytes, bandwidth=speeds)
+    hit = cost(prompt_tokens, candidate, rate).hit  # without what is slower than computing
+    # at least one token is always computed, and vLLM's own cache finds whole blocks only
+    most = max(0, prompt_tokens - 1)
+    most -= most % max(1, worker.block_size)
+    local = min(most, sum(hit) - hit.shared)
+    return local, min(most - local, hit.shared)
+
+
+def _held_back(worker: Worker, hit: Hit, ring_key: bytes) -> bool:
+    """A new worker takes a rising share of the prompts it holds nothing of: at first few of them, later
+    those and more, the same at every gateway."""
+    if worker.share >= 1 or hit.device or hit.host or hit.disk:
+        return False
+    return int.from_bytes(digest(ring_key, worker.id.encode())[:4], "big") / 2**32 >= worker.share
+
+
 def _stretches(held: Depths, chunk_tokens: int, prompt_tokens: int) -> Hit:
     """Depths (from the front, per tier) → disjoint stretches in tokens: a faster tier serves first."""
+    if held == NOTHING:
+        return NO_HIT
     tokens, reached = [], 0
     for depth in held:
         end = max(reached, min(depth * chunk_tokens, prompt_tokens))

@@ -44,10 +44,13 @@ class Worker:
     chunk_tokens: int = 0
     epoch: int = 0  # of its present life in the index
     boot_id: str = ""  # of its process
+    block_size: int = 0
     token_bytes: float = 0  # KV bytes of one token, all ranks together
     tiers: tuple[str, ...] = ()
     trusted: bool = False  # it names chunks as we do (handshake)
     stale: bool = False  # known from earlier: its lease cannot be read now
+    adapters: tuple[str, ...] = ()  # LoRA adapters it serves, by the names clients use
+    share: float = 1.0  # of the prompts new to it that it may take; rises while it is new
     load: Load = UNKNOWN
     beat: Mapping[str, str] = field(default_factory=dict, repr=False)  # the heartbeat as it was written
 
@@ -57,6 +60,11 @@ class Worker:
         if self.namespace is None or not self.trusted:
             return None
         return KeyScheme(self.namespace, self.chunk_tokens)
+
+    @property
+    def shares(self) -> bool:
+        """Whether it can load from the shared tier now; a worker that does not say can."""
+        return ("shared" in self.tiers or "redis" in self.tiers) and self.beat.get("redis_up") != "0"
 
 
 def from_lease(lease: Lease) -> Worker:
@@ -74,6 +82,7 @@ def from_lease(lease: Lease) -> Worker:
         chunk_tokens=info.chunk_tokens,
         epoch=info.epoch,
         boot_id=info.boot_id,
+        block_size=info.block_size,
         token_bytes=info.payload_bytes / info.chunk_tokens,
         tiers=info.tiers,
         trusted=_same_keys(info, scheme),

@@ -90,6 +90,7 @@ class FakeVLLM:
     die_after: int | None = None  # words, then the connection is cut
     torn: bool = False  # when dying, cut inside an event
     cached_tokens: int = 0
+    adapters: list[str] = field(default_factory=list)
     healthy: bool = True
     encode: Callable[[dict[str, Any]], list[int]] = field(default=lambda _: [])  # answers /tokenize
     aborted: int = 0
@@ -110,7 +111,9 @@ class FakeVLLM:
         if path == "/health":
             return await _reply(send, 200 if self.healthy else 503, b"")
         if path == "/v1/models":
-            return await _json(send, {"object": "list", "data": [{"id": self.model, "object": "model"}]})
+            cards = [{"id": self.model, "object": "model", "parent": None}]
+            cards += [{"id": name, "object": "model", "parent": self.model} for name in self.adapters]
+            return await _json(send, {"object": "list", "data": cards})
         if path == "/tokenize":
             ids = self.encode(json.loads(body))
             return await _json(send, {"tokens": ids, "count": len(ids), "max_model_len": 8192})

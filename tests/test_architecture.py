@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PRODUCT = ("cacheengine", "router", "gateway")
 WORDS = {"cacheengine.keys", "cacheengine.errors", "cacheengine.config"}
-INDEX = {f"cacheengine.{name}" for name in ("index_schema", "index_reader", "index_writer", "wishes")}
+INDEX = {
+    f"cacheengine.{name}"
+    for name in ("index_schema", "index_orders", "index_reader", "index_writer", "wishes")
+}
 
 # Who may import whom, lowest first; the longest matching prefix decides.
 MAY_IMPORT = {
@@ -30,6 +33,7 @@ MAY_IMPORT = {
         "cacheengine.evict", "cacheengine.holdings", "cacheengine.plan", "cacheengine.shelf", *WORDS,
     },
     "cacheengine.index_schema": WORDS,
+    "cacheengine.index_orders": {"cacheengine.redis_url", *WORDS},
     "cacheengine.index_reader": {"cacheengine.redis_url", *INDEX, *WORDS},
     "cacheengine.index_writer": {"cacheengine.redis_url", *INDEX, *WORDS},
     "cacheengine.wishes": {"cacheengine.redis_url", *WORDS},
@@ -60,7 +64,7 @@ MAY_IMPORT = {
 }  # fmt: skip
 # The plan said 9,400, without the launcher (`make up`, `cairn status` and `doctor`: 1,900 lines).  Then came
 # codecs, Sentinel and Cluster, eviction policies, tails, quotas and the commands that look into the cache.
-MAX_LINES = {"file": 400, "function": 60, "product": 14_000}
+MAX_LINES = {"file": 400, "function": 60, "product": 16_000}
 MAY_USE = {
     "torch": ("cacheengine.ops", "cacheengine.connectors", "gateway.launch.convert"),
     "vllm": ("cacheengine.connectors",),

@@ -42,9 +42,16 @@ def number(worker: Worker, name: str) -> float | None:
 
 
 def state_of(worker: Worker) -> str:
-    """ready, down, or stale: ready, but its heartbeat is not heard."""
+    """ready, down, draining, drained, or stale: ready, but its heartbeat is not heard."""
     state = str(worker.get("state", "?"))
     return "stale" if state == "ready" and worker.get("stale") else state
+
+
+def trust_of(worker: Worker) -> str:
+    """Whether the index was right about it lately: exact, stale (not believed), or a dash."""
+    parts = worker.get("trust") or {}
+    states = [str(part.get("state", "")).lower() for part in parts.values()]
+    return next((state for state in ("stale", "exact") if state in states), "–")
 
 
 def fill(worker: Worker, tier: str) -> str:
@@ -77,6 +84,7 @@ def summary(workers: Sequence[Worker]) -> list[dict[str, Any]]:
             "host": fill(worker, "host"),
             "disk": fill(worker, "disk"),
             "hit_rate": hit_rate(worker),
+            "trust": trust_of(worker),
         }
         for worker in workers
     ]
@@ -84,11 +92,23 @@ def summary(workers: Sequence[Worker]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     out = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("worker", "state", "running", "waiting", "host tier", "disk tier", "hit rate", "model"):
+    for heading in (
+        "worker",
+        "state",
+        "running",
+        "waiting",
+        "host tier",
+        "disk tier",
+        "hit rate",
+        "index",
+        "model",
+    ):
         numeric = heading in ("running", "waiting", "hit rate")
         out.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
-        colour = {"ready": "green", "stale": "yellow"}.get(row["state"], "red")
+        colour = {"ready": "green", **dict.fromkeys(("stale", "draining", "drained"), "yellow")}.get(
+            row["state"], "red"
+        )
         rate = "–" if row["hit_rate"] is None else f"{100 * row['hit_rate']:.0f} %"
         out.add_row(
             str(row["id"]),
@@ -98,6 +118,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
             row["host"],
             row["disk"],
             rate,
+            str(row["trust"]),
             str(row["model"]),
         )
     return out

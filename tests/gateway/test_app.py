@@ -116,6 +116,8 @@ def test_the_explanation_is_given_to_those_who_ask(client: httpx.Client) -> None
     explained = client.post(CHAT, json=BODY, headers={"x-cairn-explain": "1"}).headers
     assert explained["x-cairn-reason"] == "no_keys"
     assert explained["x-cairn-expected-hit-tokens"] == "0"
+    assert explained["x-cairn-policy"] == "predicted_ttft"
+    assert explained["x-cairn-terms"].startswith("queue=0ms, transfer=0ms, compute=")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b'{"model": 5}', b"\xff", b"[" * 100_000])
@@ -337,6 +339,7 @@ def test_every_decision_can_be_read_back(client: httpx.Client) -> None:
     (decision,) = client.get("/admin/decisions").json()["decisions"]
     assert decision["model"] == "fake"
     assert decision["reason"] == "no_keys"
+    assert decision["blind"] == "no_index"
 
 
 def test_whatever_clients_and_workers_do_nothing_stays_held() -> None:

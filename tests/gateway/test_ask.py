@@ -1,6 +1,6 @@
 import pytest
 
-from gateway.ask import read_ask
+from gateway.ask import read_ask, renamed
 from gateway.errors import BadRequest
 
 
@@ -24,3 +24,9 @@ def test_prompts_shaped_by_more_than_the_template_are_not_keyed() -> None:
     assert read_ask(b'{"kv_transfer_params": {"do_remote_prefill": true}}').keyable
     assert not read_ask(b'{"kv_transfer_params": {"prompt_token_ids": [1]}}').keyable
     assert not read_ask(b'{"truncate_prompt_tokens": 5}').keyable
+
+
+def test_a_request_under_an_alias_changes_its_model_and_nothing_else() -> None:
+    body = '{"model": "x", "n": 1e400, "messages" : [ {"a":  "ü\\u00fc"} ], "model":"alias"}'.encode()
+    assert renamed(body, 'a"b') == '{"model":"a\\"b","n":1e400,"messages":[ {"a":  "ü\\u00fc"} ]}'.encode()
+    assert renamed(b"{}", "m") == b'{"model":"m"}'

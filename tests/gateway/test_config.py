@@ -14,6 +14,17 @@ def test_workers_are_read_from_one_variable() -> None:
         ("a", "http://h:1"),
         ("org/b", "https://h:2"),
     ]
+    assert config.sources() == []
+
+
+def test_names_to_resolve_and_a_file_are_sources_of_their_own() -> None:
+    config = load(workers="a=dns://svc:8000,a=http://h:1", workers_file="/w.yaml")
+    assert len(config.static_workers()) == 1
+    assert [source.name for source in config.sources()] == ["file", "dns"]
+
+
+def test_an_alias_names_a_model() -> None:
+    assert load(aliases="gpt-4=org/m, small=m2").alias_map() == {"gpt-4": "org/m", "small": "m2"}
 
 
 @pytest.mark.parametrize(
@@ -21,6 +32,10 @@ def test_workers_are_read_from_one_variable() -> None:
     [
         ({"workers": "http://h:1"}, "should read model=http"),
         ({"policy": "best"}, "none of predicted_ttft"),
+        ({"policy": ""}, "none of predicted_ttft"),
+        ({"shadow_policy": "best"}, "none of predicted_ttft"),
+        ({"aliases": "a"}, "should read alias=model"),
+        ({"workers": "m=dns://h"}, "should read model=http"),
         ({"port": "99999"}, "port"),
         ({"max_body_bytes": "lots"}, "max_body_bytes"),
         ({"idle_timeout_seconds": "0"}, "greater than 0"),

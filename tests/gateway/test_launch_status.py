@@ -38,6 +38,19 @@ def test_a_worker_whose_heartbeat_is_not_heard_is_stale():
     assert row(stale=True, state="down")["state"] == "down"
 
 
+def test_a_worker_somebody_drained_is_shown_so():
+    assert [row(state=state)["state"] for state in ("draining", "drained")] == ["draining", "drained"]
+
+
+def test_whether_the_index_is_right_about_a_worker_is_shown():
+    def trust(local, shared):
+        return row(trust={"local": {"state": local}, "shared": {"state": shared}})["trust"]
+
+    assert trust("EXACT", "UNKNOWN") == "exact"
+    assert trust("EXACT", "STALE") == "stale"
+    assert trust("UNKNOWN", "UNKNOWN") == row()["trust"] == "–"
+
+
 def test_a_worker_that_reports_nothing_has_dashes_not_zeros():
     shown = row(load=None, beat=None)
     assert (shown["running"], shown["host"], shown["hit_rate"]) == (None, "–", None)

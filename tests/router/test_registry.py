@@ -3,15 +3,19 @@
 import asyncio
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 import pytest
 
+from cacheengine.errors import IndexDown
+from cacheengine.index_orders import Orders
 from cacheengine.index_reader import Fleet
 from cacheengine.index_schema import FLEET, WorkerInfo, lease_name
 from cacheengine.keys import KeyScheme, namespace_of, probe_keys
-from router.registry import STALE_SECONDS, Registry
+from router.registry import ADAPTERS_SECONDS, Registry, UnknownWorker
+from router.sources import STALE_SECONDS, WorkersFile
 from router.worker import StaticWorker
 from tests.conftest import ValkeyServer
 
@@ -25,19 +29,30 @@ B = replace(A, worker_id="b", url="http://b:1/")
 class House:
     """A registry, the workers it asks for /health, and the clock it looks at."""
 
-    def __init__(self, valkey: ValkeyServer | None, *static: StaticWorker) -> None:
+    def __init__(self, valkey: ValkeyServer | None, *static: StaticWorker, **more: Any) -> None:
         self.valkey, self.now = valkey, 0.0
         self.sick: set[str] = set()
+        self.adapters: dict[str, list[dict[str, str]]] = {}  # by host, as /v1/models has them
         self.asked: list[str] = []
         self.left: list[str] = []
         self._runner = asyncio.Runner()
         self._http = httpx.AsyncClient(transport=httpx.MockTransport(self._health))
         self._fleet = Fleet(valkey.unix_url) if valkey else None
+        self._orders = Orders(valkey.unix_url) if valkey else None
         self.registry = Registry(
-            self._http, self._fleet, static, clock=lambda: self.now, on_leave=self.left.append
+            self._http,
+            self._fleet,
+            static,
+            clock=lambda: self.now,
+            on_leave=self.left.append,
+            orders=self._orders,
+            **more,
         )
 
     def _health(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            cards = [{"id": "m", "parent": None}, *self.adapters.get(request.url.host, ())]
+            return httpx.Response(200, json={"data": cards})
         assert request.url.path == "/health"
         self.asked.append(request.url.host)
         if request.url.host in self.sick:
@@ -68,8 +83,9 @@ class House:
 
     def close(self) -> None:
         self.run(self._http.aclose())
-        if self._fleet:
+        if self._fleet and self._orders:
             self.run(self._fleet.close())
+            self.run(self._orders.close())
         self._runner.close()
 
 
@@ -148,6 +164,15 @@ def test_a_worker_whose_lease_is_gone_takes_no_traffic_when_sick_and_is_forgotte
     assert house.registry.describe() == []
 
 
+def test_a_worker_that_comes_back_under_another_name_is_not_there_twice(house: House) -> None:
+    house.lease(A)
+    house.look()
+    house.unlease(A)
+    house.lease(replace(A, worker_id="z", boot_id="2"))
+    assert house.look() == "z"
+    assert house.left == ["a"]
+
+
 def test_a_new_process_under_an_old_name_has_to_prove_itself(house: House) -> None:
     house.lease(A)
     house.look()
@@ -220,6 +245,22 @@ def test_a_lease_wins_over_a_static_entry_of_the_same_url(valkey: ValkeyServer) 
         house.close()
 
 
+def test_a_static_worker_is_back_when_its_lease_is_gone(valkey: ValkeyServer) -> None:
+    house = House(valkey, StaticWorker("http://a:1", "m"))
+    alias = replace(A, worker_id="a:1")  # the same name, as well as the same URL
+    try:
+        house.lease(alias)
+        assert house.look() == "a:1"
+        house.unlease(alias)
+        assert house.look() == "A:1"
+        house.now += STALE_SECONDS + 1
+        house.look()
+        assert house.look() == "a:1"
+        assert [row["source"] for row in house.registry.describe()] == ["static"]
+    finally:
+        house.close()
+
+
 def test_it_refreshes_by_itself(house: House) -> None:
     async def until_seen() -> None:
         house.registry._interval = 0.01
@@ -230,3 +271,191 @@ def test_it_refreshes_by_itself(house: House) -> None:
         running.cancel()
 
     house.run(until_seen())
+
+
+def states(house: House) -> dict[str, str]:
+    return {row["id"]: row["state"] for row in house.registry.describe()}
+
+
+@pytest.fixture
+def twin(house: House, valkey: ValkeyServer) -> Iterator[House]:
+    """A second gateway of the same fleet."""
+    twin = House(valkey)
+    yield twin
+    twin.close()
+
+
+def test_a_drained_worker_takes_no_traffic_at_any_gateway_until_it_is_resumed(
+    house: House, twin: House
+) -> None:
+    house.lease(A, B)
+    house.look()
+    house.run(house.registry.order("a", "drain"))
+    assert [worker.id for worker in house.registry.snapshot()] == ["b"]  # at once
+    assert twin.look() == "b"
+    assert states(house) == states(twin) == {"a": "drained", "b": "ready"}
+    house.lease(replace(A, boot_id="2"))
+    assert house.look() == "b"  # a restart changes nothing
+    twin.run(twin.registry.order("a", "resume"))
+    assert twin.look() == house.look() == "ab"
+    assert house.left == []
+
+
+def test_a_removed_worker_is_forgotten_until_it_restarts(house: House, twin: House) -> None:
+    house.lease(A, B)
+    house.look()
+    assert twin.look() == "ab"
+    house.run(house.registry.order("a", "remove"))
+    assert house.left == ["a"]
+    assert house.look() == twin.look() == "b"
+    assert states(house) == states(twin) == {"b": "ready"}
+    assert twin.left == ["a"]
+    house.lease(replace(A, boot_id="2"))
+    assert house.look() == twin.look() == "ab"
+    house.run(house.registry.order("a", "remove"))
+    house.run(house.registry.order("a", "resume"))
+    assert house.look() == "ab"
+
+
+def test_an_order_about_nobody_is_refused(house: House) -> None:
+    house.look()
+    for what in ("drain", "resume", "remove"):
+        with pytest.raises(UnknownWorker):
+            house.run(house.registry.order("nobody", what))  # type: ignore[arg-type]
+
+
+def test_an_order_that_cannot_be_told_to_the_others_is_not_obeyed(house: House, valkey: ValkeyServer) -> None:
+    house.lease(A)
+    house.look()
+    valkey.kill()
+    with pytest.raises(IndexDown):
+        house.run(house.registry.order("a", "drain"))
+    assert house.look() == "A"
+    valkey.start()
+
+
+def test_orders_outlive_a_redis_that_is_away_or_forgets(house: House, twin: House) -> None:
+    house.lease(A, B)
+    house.look()
+    house.run(house.registry.order("a", "drain"))
+    assert house.valkey
+    house.valkey.kill()
+    assert house.look() == "B"
+    house.valkey.start()  # empty
+    house.lease(A, B)
+    assert house.look() == "b"
+    assert twin.look() == "b"  # who came later is told too
+    house.run(house.registry.order("a", "resume"))
+    assert house.look() == twin.look() == "ab"
+
+
+def test_without_redis_orders_are_this_gateways_own() -> None:
+    house = House(None, StaticWorker("http://a:1", "m"), StaticWorker("http://b:1", "m"))
+    try:
+        house.look()
+        house.run(house.registry.order("a:1", "drain"))
+        assert house.look() == "b:1"
+        house.run(house.registry.order("b:1", "remove"))
+        assert house.look() == ""
+        house.run(house.registry.order("a:1", "resume"))
+        house.run(house.registry.order("b:1", "resume"))
+        assert house.look() == "a:1b:1"
+    finally:
+        house.close()
+
+
+def shares(house: House) -> dict[str, float]:
+    house.look()
+    return {worker.id: worker.share for worker in house.registry.snapshot()}
+
+
+def test_a_worker_that_joins_takes_a_rising_share_and_those_that_were_there_take_all(house: House) -> None:
+    house.lease(A)
+    assert shares(house) == {"a": 1}
+    house.sick = {"b"}
+    house.lease(B)
+    house.look()
+    house.now += 1000  # it loads its model
+    house.sick = set()
+    assert shares(house) == {"a": 1, "b": 0}
+    house.now += 15
+    assert shares(house) == {"a": 1, "b": 0.5}
+    house.sick = {"b"}
+    house.registry.mark_down("b")
+    house.look()
+    house.sick = set()
+    house.now += 15
+    assert shares(house) == {"a": 1, "b": 1}  # a connection that failed is no new life
+    house.lease(replace(A, boot_id="2"))
+    assert shares(house) == {"a": 0, "b": 1}
+
+
+def test_no_warm_up_where_none_is_wanted(valkey: ValkeyServer) -> None:
+    house = House(valkey, warmup_seconds=0)
+    try:
+        house.look()
+        house.lease(A)
+        assert shares(house) == {"a": 1}
+    finally:
+        house.close()
+
+
+def test_an_adapter_is_served_by_those_who_have_it(house: House) -> None:
+    house.adapters = {"a": [{"id": "fr", "parent": "m"}], "b": [{"id": "m", "parent": "m"}]}
+    house.lease(A, B)
+    house.look()
+    house.look()
+    assert house.registry.models() == ("fr", "m")
+    assert [worker.id for worker in house.registry.workers_for("fr")] == ["a"]
+    assert [worker.id for worker in house.registry.workers_for("m")] == [
+        "a",
+        "b",
+    ]  # a name of a base is no adapter
+    assert house.registry.adapter("fr")
+    assert not house.registry.adapter("m")
+    assert not house.registry.adapter("nothing")
+    assert house.registry.scheme("fr") == SCHEME
+    house.adapters["b"] = [{"id": "fr", "parent": "m"}]
+    house.look()
+    assert len(house.registry.workers_for("fr")) == 1
+    house.now += ADAPTERS_SECONDS
+    house.look()
+    assert len(house.registry.workers_for("fr")) == 2
+
+
+def test_what_a_file_says_holds_within_a_refresh(tmp_path: Path) -> None:
+    path = tmp_path / "workers.yaml"
+    path.write_text("- m=http://a:1\n- m=http://b:1")
+    house = House(None, StaticWorker("http://b:1", "m"), sources=[WorkersFile(path)])
+    try:
+        assert house.look() == "a:1b:1"
+        assert [row["source"] for row in house.registry.describe()] == ["file", "static"]
+        path.write_text("- m=http://c:1\n- m=http://b:1 ")
+        assert house.look() == "b:1c:1"
+        path.write_text("oops")
+        assert house.look() == "b:1C:1"
+        assert house.left == ["a:1"]
+    finally:
+        house.close()
+
+
+def test_an_order_given_while_the_orders_are_read_is_not_forgotten(house: House) -> None:
+    house.lease(A, B)
+    house.look()
+    registry, orders = house.registry, house._orders
+    assert orders
+
+    async def meanwhile() -> None:
+        read = orders.read
+
+        async def late() -> Any:
+            held = await read()
+            orders.read = read  # type: ignore[method-assign]
+            await registry.order("a", "drain")
+            return held
+
+        orders.read = late  # type: ignore[method-assign]
+        await registry.refresh()
+
+    house.run(meanwhile())
+    assert [worker.id for worker in registry.snapshot()] == ["b"]

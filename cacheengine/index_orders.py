@@ -1,0 +1,77 @@
+"""What operators said about workers: drained, or removed.  One HASH, the same for every gateway.
+
+    cairn:orders    HASH   field <worker id>, value "drained" or "removed@<boot id>"; field @version
+
+Orders are about names, not lives: a drained worker that restarts stays drained until it is resumed.  They do
+not expire.  A Redis that lost its memory is told again by whichever gateway remembers; `@version` (no worker
+can be called that) is how a gateway sees the loss.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from typing import cast
+
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from cacheengine.errors import IndexDown
+from cacheengine.redis_url import DOWN, async_client
+
+ORDERS = "cairn:orders"
+VERSION = "@version"
+ORDERS_SECONDS = 1.0
+
+
+class Orders:
+    """REQUIRES: used from one event loop."""
+
+    def __init__(self, url: str) -> None:
+        self._client = async_client(
+            url,
+            socket_timeout=ORDERS_SECONDS,
+            socket_connect_timeout=ORDERS_SECONDS,
+            retry=Retry(NoBackoff(), 1),  # a connection the server closed while idle
+            decode_responses=True,
+            protocol=2,
+        )
+        self._last: dict[str, str] = {}
+
+    async def read(self) -> Mapping[str, str]:
+        """Worker id → order.  Raises IndexDown."""
+        try:
+            async with asyncio.timeout(2 * ORDERS_SECONDS):
+                held = await self._held()
+                if VERSION not in held and self._last:
+                    async with self._client.pipeline(transaction=False) as pipe:
+                        for field, value in self._last.items():
+                            pipe.hsetnx(ORDERS, field, value)
+                        await pipe.execute()
+                    held = await self._held()
+        except (*DOWN, OSError) as exc:
+            raise IndexDown(f"orders: {exc}") from exc
+        self._last = held
+        return {field: order for field, order in held.items() if field != VERSION}
+
+    async def give(self, worker_id: str, order: str) -> None:
+        """For every gateway from its next refresh on; "" takes the order back.  Raises IndexDown, and then
+        nobody can say whether it was heard."""
+        try:
+            async with asyncio.timeout(2 * ORDERS_SECONDS):
+                await self.read()  # or an order given right after a loss would hide the loss
+                async with self._client.pipeline(transaction=False) as pipe:
+                    if order:
+                        pipe.hset(ORDERS, worker_id, order)
+                    else:
+                        pipe.hdel(ORDERS, worker_id)
+                    pipe.hincrby(ORDERS, VERSION, 1)
+                    pipe.hgetall(ORDERS)
+                    self._last = (await pipe.execute())[-1]
+        except (*DOWN, OSError) as exc:
+            raise IndexDown(f"orders: {exc}") from exc
+
+    async def close(self) -> None:
+        """Idempotent."""
+        await self._client.aclose()
+
+    async def _held(self) -> dict[str, str]:
+        return cast(dict[str, str], await self._client.hgetall(ORDERS))

@@ -1,0 +1,90 @@
+"""The operators' pages: who takes traffic, orders about it, and why requests go where they go."""
+
+from itertools import islice
+from typing import Any, Literal
+
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import Response
+
+from cacheengine.errors import IndexDown
+from gateway.dispatch import Dispatcher
+from gateway.errors import BodyTooLarge, GatewayError
+from router.registry import UnknownWorker
+from router.router import Router
+
+
+def admin(router: Router, dispatcher: Dispatcher, max_body_bytes: int) -> APIRouter:
+    """/admin/*; `cairn status` reads /admin/workers."""
+    api = APIRouter(prefix="/admin", tags=["admin"])
+
+    @api.get("/workers")
+    async def workers() -> dict[str, Any]:
+        """Every known worker, ready or not, with this gateway's open requests on it."""
+        rows = [_row(router, row) for row in router.registry.describe()]
+        return {
+            "workers": rows,
+            "removed": router.registry.removed(),
+            "inflight": dispatcher.inflight,
+            "policy": router.policy,
+        }
+
+    @api.post("/workers/{worker_id:path}/drain")
+    async def drain(worker_id: str) -> dict[str, str]:
+        """No new traffic until it is resumed, also after a restart; what is under way finishes."""
+        return await _order(router, worker_id, "drain")
+
+    @api.post("/workers/{worker_id:path}/resume")
+    async def resume(worker_id: str) -> dict[str, str]:
+        """Takes back drain or removal."""
+        return await _order(router, worker_id, "resume")
+
+    @api.delete("/workers/{worker_id:path}")
+    async def remove(worker_id: str) -> dict[str, str]:
+        """Forgotten until it restarts or is resumed; what is under way finishes."""
+        return await _order(router, worker_id, "remove")
+
+    @api.get("/decisions")
+    async def decisions(limit: int = 100) -> dict[str, Any]:
+        """The newest placements first, each with all it takes to replay it."""
+        return {"decisions": list(islice(reversed(router.decisions), max(0, limit)))}
+
+    @api.post("/route/explain")
+    async def explain(request: Request) -> Any:
+        """Where this body, as for chat/completions or completions, would go now, and why.  A dry run."""
+        try:
+            body = b""
+            async for part in request.stream():
+                body += part
+                if len(body) > max_body_bytes:
+                    raise BodyTooLarge(max_body_bytes)
+            return await dispatcher.explain(body)
+        except GatewayError as exc:
+            headers = {name.decode(): value.decode() for name, value in exc.headers()}
+            return Response(exc.body(), exc.status, headers)
+
+    return api
+
+
+def _row(router: Router, row: dict[str, Any]) -> dict[str, Any]:
+    inflight = router.board.inflight(row["id"])
+    busy = inflight or row["load"]["running"] or row["load"]["waiting"]
+    worker = router.registry.find(row["id"])
+    return {
+        **row,
+        "state": "draining" if row["state"] == "drained" and busy else row["state"],
+        "trust": router.trust.describe(worker) if worker else {},
+        "inflight": inflight,
+        "prefilling_tokens": router.board.prefilling(row["id"]),
+    }
+
+
+async def _order(
+    router: Router, worker_id: str, what: Literal["drain", "resume", "remove"]
+) -> dict[str, str]:
+    try:
+        await router.registry.order(worker_id, what)
+    except UnknownWorker:
+        raise HTTPException(404, f"no worker is called {worker_id!r}") from None
+    except IndexDown:
+        raise HTTPException(503, "Redis does not answer, so the other gateways cannot be told") from None
+    return {"worker": worker_id, "order": what}
