@@ -14,7 +14,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from cacheengine.index import Fleet, IndexReader
-from cacheengine.redis_url import index_url
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.errors import error_body
@@ -39,7 +38,7 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
     )
     carrier = transport or httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
     http = httpx.AsyncClient(trust_env=False)  # health checks and handshakes, never a client's request
-    url = index_url(config.redis_url)
+    url = config.redis_url
     fleet = Fleet(url) if url else None
     index = IndexReader(url, config.index_deadline_ms) if url else None
     board = LoadBoard()
