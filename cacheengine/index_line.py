@@ -43,7 +43,11 @@ class Line:
             packed = [*self._connection.pack_command("ASKING"), *packed]
         answer: asyncio.Future[Any] = loop.create_future()
         self._waiting.append(answer)
-        await self._connection.send_packed_command(packed, check_health=False)
+        try:
+            await self._connection.send_packed_command(packed, check_health=False)
+        except BaseException:
+            answer.cancel()  # nobody waits for it any more
+            raise
         return await answer
 
     async def _read(self) -> None:

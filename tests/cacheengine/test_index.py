@@ -1,13 +1,11 @@
 """The chunk index on a real Valkey: what workers publish is what the router reads, even after trouble."""
 
 import asyncio
-import itertools
 import os
-import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,59 +13,16 @@ from hypothesis import strategies as st
 
 from cacheengine.config import ConfigError
 from cacheengine.errors import IndexDown
-from cacheengine.index import DEVICE, HOST, Depths, Entry, Fleet, IndexReader, IndexWriter, WorkerInfo
+from cacheengine.index import DEVICE, HOST, Depths, Entry
 from cacheengine.index_schema import chunk_name, field_of, holder_of
-from cacheengine.keys import ChunkKey, KeyScheme, Namespace, namespace_of
+from cacheengine.keys import ChunkKey, KeyScheme, Namespace
+from tests.cacheengine.index_rig import FORK, INFO, NS, PROMPT, SCHEME, Loop, Worker, plant, wait_until
 from tests.cacheengine.tiers.kit import blank, chunks, redis_tier
 from tests.conftest import ValkeyServer
-
-T = TypeVar("T")
-NS = namespace_of({"model": "test"})
-SCHEME = KeyScheme(NS, 16)
-PROMPT = SCHEME.keys(range(16 * 12))
-FORK = SCHEME.keys([*range(16 * 5), *range(900, 900 + 16 * 7)])  # shares 5 chunks
-INFO = WorkerInfo("w1", "http://127.0.0.1:1", "m", "/m", NS.hex(), 16, ("aa", "bb"), tiers=("device", "host"))
 
 in_one_server = settings(
     deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60
 )
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 20.0) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "waited too long"
-        time.sleep(0.005)
-
-
-class Loop:
-    """Blocking verbs over the async reader."""
-
-    def __init__(self, url: str, deadline_ms: float) -> None:
-        self._runner = asyncio.Runner()
-        self.reader, self._fleet = IndexReader(url, deadline_ms), Fleet(url)
-        self.run(self.reader.open())
-
-    def run(self, job: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(job)
-
-    def holders(self, keys: list[ChunkKey], namespace: Namespace = NS) -> dict[tuple[str, int], Depths]:
-        return self.run(self.reader.holders(namespace, keys))
-
-    def down(self, keys: list[ChunkKey]) -> bool:
-        try:
-            self.holders(keys)
-        except IndexDown:
-            return True
-        return False
-
-    def fleet(self) -> dict[str, Any]:
-        return {lease.info.worker_id: lease for lease in self.run(self._fleet.read())}
-
-    def close(self) -> None:
-        self.run(self.reader.close())
-        self.run(self._fleet.close())
-        self._runner.close()
 
 
 @pytest.fixture
@@ -75,31 +30,6 @@ def index(valkey: ValkeyServer) -> Iterator[Loop]:
     loop = Loop(valkey.unix_url, deadline_ms=2000)
     yield loop
     loop.close()
-
-
-class Worker:
-    """A worker's map and its writer."""
-
-    def __init__(self, url: str, info: WorkerInfo = INFO, lease: float = 2.0, **options: Any) -> None:
-        self.held: dict[ChunkKey, Entry] = {}
-        self.id = info.worker_id
-        self.writer = IndexWriter(url, info, 600, lease, self.heartbeat, self.inventory, **options)
-
-    def heartbeat(self) -> dict[str, float]:
-        return {"running": 3}
-
-    def inventory(self) -> list[Entry]:
-        return list(self.held.values())
-
-    def say(self, keys: list[ChunkKey], bits: int) -> None:
-        entries = [Entry(keys[0], key, bits) for key in keys]
-        for entry in entries:
-            self.held[entry.key] = entry
-        self.writer.publish(entries)
-
-    @property
-    def name(self) -> tuple[str, int]:
-        return self.id, self.writer.epoch
 
 
 @pytest.fixture
@@ -180,17 +110,6 @@ def reads(valkey: ValkeyServer) -> int:
 
 
 # the look-up script
-
-
-def plant(
-    valkey: ValkeyServer, keys: list[ChunkKey], held: dict[str, list[int]], namespace: Namespace
-) -> None:
-    """`held`: field → for each tier (device, host, disk, shared) how many leading chunks."""
-    with valkey.client() as client, client.pipeline(transaction=False) as pipe:
-        for (field, depths), i in itertools.product(held.items(), range(len(keys))):
-            if bits := sum(1 << t for t in range(4) if i < depths[t]):
-                pipe.hset(chunk_name(namespace, keys[0], keys[i]), field, bits)
-        pipe.execute()
 
 
 @given(
