@@ -57,9 +57,25 @@ local function same(a, b)
   return true
 end
 
+-- The same for one field, without tables: where most searches end.
+local function alone(lo, hi, field, at_lo, at_hi)
+  while hi - lo > 1 do
+    local mid = math.floor((lo + hi) / 2)
+    local at = redis.call('HGET', name(mid), field)
+    if at == at_hi then
+      hi = mid
+    else
+      if at ~= at_lo then alone(lo, mid, field, at_lo, at) end
+      lo, at_lo = mid, at
+    end
+  end
+  ended(lo, {field}, {at_lo})
+end
+
 -- Each of these fields has one bitmap at lo and another at hi.
 local function between(lo, hi, fields, at_lo, at_hi)
   while hi - lo > 1 do
+    if #fields == 1 then return alone(lo, hi, fields[1], at_lo[1], at_hi[1]) end
     local mid = math.floor((lo + hi) / 2)
     local at = bitmaps(mid, fields)
     if same(at, at_hi) then

@@ -106,7 +106,9 @@ def reads(valkey: ValkeyServer) -> int:
     """How many hashes were read since the server was started, by whatever command."""
     with valkey.client() as client:
         stats = client.info("commandstats")
-    return sum(int(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"]) for name in ("hgetall", "hmget"))
+    return sum(
+        int(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"]) for name in ("hgetall", "hmget", "hget")
+    )
 
 
 # the look-up script
