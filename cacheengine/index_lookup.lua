@@ -7,9 +7,13 @@
 -- Divide and conquer.  Holdings are prefix-closed, so a holder with the same bitmap at both ends of a stretch
 -- changes nowhere inside it; only the others are asked for in its middle.  All of them are bisected together:
 -- one read of a chunk tells for everybody whom it concerns.
+--
+-- A front that more than MOST hold (a system prompt, in a large fleet) is skipped by counting; of its holders a
+-- random sample is named, and everybody who goes deeper.
 local packed = ARGV[1]
 local prefix = string.sub(KEYS[1], 1, -17)
 local MANY = 64  -- from here a whole hash is read faster than its fields one by one
+local MOST = 256
 local ends = {}  -- chunk -> bitmap as stored -> fields
 
 local function name(i)
@@ -90,16 +94,28 @@ local function between(lo, hi, fields, at_lo, at_hi)
   ended(lo, fields, at_lo)
 end
 
-local fields, first, flat = {}, {}, redis.call('HGETALL', name(1))
-if #flat == 0 then return {} end
-for j = 1, #flat, 2 do
-  fields[#fields + 1], first[#first + 1] = flat[j], flat[j + 1]
+local n, front = #packed / 16, 1
+if redis.call('HLEN', name(1)) > MOST then
+  local many = 1
+  front = n + 1
+  while front - many > 1 do
+    local mid = math.floor((many + front) / 2)
+    if redis.call('HLEN', name(mid)) > MOST then many = mid else front = mid end
+  end
+  local flat = redis.call('HRANDFIELD', name(many), MOST, 'WITHVALUES')
+  for j = 1, #flat, 2 do ended(many, {flat[j]}, {flat[j + 1]}) end
 end
-local n = #packed / 16
-local last = n > 1 and bitmaps(n, fields) or first
-ended(n, fields, last)
-local f, a, b = differing(fields, first, last)
-if #f > 0 then between(1, n, f, a, b) end
+local flat = front <= n and redis.call('HGETALL', name(front)) or {}
+if #flat > 0 then
+  local fields, first = {}, {}
+  for j = 1, #flat, 2 do
+    fields[#fields + 1], first[#first + 1] = flat[j], flat[j + 1]
+  end
+  local last = n > front and bitmaps(n, fields) or first
+  ended(n, fields, last)
+  local f, a, b = differing(fields, first, last)
+  if #f > 0 then between(front, n, f, a, b) end
+end
 
 local reply = {}
 for i, here in pairs(ends) do

@@ -155,6 +155,23 @@ def test_the_cost_follows_the_holders_and_not_the_prompt(valkey: ValkeyServer, i
     )  # the ends, and for each change a bisection and the names
 
 
+def test_of_a_front_that_very_many_hold_some_are_named_and_all_who_go_deeper(
+    valkey: ValkeyServer, index: Loop
+) -> None:
+    fleet = {field_of(f"w{i}", 7): [0, 4, 0, 0] for i in range(600)}
+    fleet |= {field_of(f"deep{i}", 7): [0, 5 + i, 0, 0] for i in range(6)}
+    plant(valkey, PROMPT, fleet, NS)
+    found = index.holders(PROMPT)
+    assert {name[0]: held.host for name, held in found.items() if held.host > 4} == {
+        f"deep{i}": 5 + i for i in range(6)
+    }
+    assert 250 <= len(found) <= 256 + 6
+    assert {held.host for name, held in found.items() if name[0].startswith("w")} == {4}
+    whole = index.holders(PROMPT[:3])  # nobody goes deeper than what all hold
+    assert len(whole) == 256
+    assert set(whole.values()) == {Depths(host=3)}
+
+
 def test_no_more_than_512_keys_are_asked_for(valkey: ValkeyServer, index: Loop) -> None:
     keys = SCHEME.keys(range(16 * 600))
     plant(valkey, keys, {field_of("w1", 7): [600, 0, 0, 0]}, NS)
