@@ -228,9 +228,9 @@ async def worker_restarts(rig: Rig) -> None:
     """Killed; it comes back under its name with half of what it held."""
     old = rig.workers["w1"]
     old.wire.cut(True)
-    await hold(rig, 0.5)
     for prompt in list(old.prompts)[::2]:
         del old.prompts[prompt]
+    await hold(rig, 0.5)
     abandoned, old.wire = (
         old.writer,
         Wire(rig.server.socket.parent / f"w1-{time.monotonic_ns()}", rig.server.socket),
