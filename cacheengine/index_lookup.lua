@@ -1,77 +1,128 @@
 -- Who holds how much of this prompt?  Reads only.
 -- KEYS[1]  name of the first chunk (all others share its prefix and its hash tag)
 -- ARGV[1]  the chunk keys, 16 raw bytes each, in prompt order
--- Returns  {field, device, host, disk, shared, field, ...}: deepest chunk, counted from 1, in each tier.
+-- Returns  {chunk, bitmap, {field, ...}, chunk, ...}: at which chunk, counted from 1, and with which bitmap
+--          a stretch ends for whom.
 --
--- Divide and conquer.  Holdings are prefix-closed, so the number of holders and the sum of their bitmaps
--- fall (never rise) along the prompt; where both ends of a stretch agree nothing changes inside it.  The
--- search reads bitmaps only; names are read where something ends.
+-- Divide and conquer.  Holdings are prefix-closed, so a holder with the same bitmap at both ends of a stretch
+-- changes nowhere inside it; only the others are asked for in its middle.  All of them are bisected together:
+-- one read of a chunk tells for everybody whom it concerns.
+--
+-- A front that more than MOST hold (a system prompt, in a large fleet) is skipped by counting; of its holders a
+-- random sample is named, and everybody who goes deeper.
 local packed = ARGV[1]
-local prefix = string.sub(KEYS[1], 1, -33)
-local HEX = string.rep('%02x', 16)
-local weight = {}   -- bitmap as stored -> its share of a signature
-local deepest = {}  -- bitmap as stored -> field -> deepest chunk held so
+local prefix = string.sub(KEYS[1], 1, -17)
+local MANY = 64  -- from here a whole hash is read faster than its fields one by one
+local MOST = 256
+local ends = {}  -- chunk -> bitmap as stored -> fields
 
 local function name(i)
-  return prefix .. string.format(HEX, string.byte(packed, 16 * i - 15, 16 * i))
+  return prefix .. string.sub(packed, 16 * i - 15, 16 * i)
 end
 
-local function signature(i)
-  local sum = 0
-  for _, bits in ipairs(redis.call('HVALS', name(i))) do
-    local w = weight[bits]
-    if not w then
-      w = 65536 + (tonumber(bits) or 0)
-      weight[bits] = w
-      deepest[bits] = {}
+-- The bitmaps of these fields at chunk i; false where it is not held.
+local function bitmaps(i, fields)
+  if #fields <= MANY then return redis.call('HMGET', name(i), unpack(fields)) end
+  local at, found, flat = {}, {}, redis.call('HGETALL', name(i))
+  for j = 1, #flat, 2 do found[flat[j]] = flat[j + 1] end
+  for k = 1, #fields do at[k] = found[fields[k]] or false end
+  return at
+end
+
+local function ended(i, fields, at)
+  local here = ends[i] or {}
+  ends[i] = here
+  for k = 1, #fields do
+    local bits = at[k]
+    if bits then
+      local list = here[bits] or {}
+      here[bits] = list
+      list[#list + 1] = fields[k]
     end
-    sum = sum + w
   end
-  return sum
 end
 
-local function holders_end(i)
-  local flat = redis.call('HGETALL', name(i))
+-- The fields whose bitmaps differ, and these.
+local function differing(fields, a, b)
+  local f, x, y, n = {}, {}, {}, 0
+  for k = 1, #fields do
+    if a[k] ~= b[k] then
+      n = n + 1
+      f[n], x[n], y[n] = fields[k], a[k], b[k]
+    end
+  end
+  return f, x, y
+end
+
+local function same(a, b)
+  for k = 1, #a do
+    if a[k] ~= b[k] then return false end
+  end
+  return true
+end
+
+-- The same for one field, without tables: where most searches end.
+local function alone(lo, hi, field, at_lo, at_hi)
+  while hi - lo > 1 do
+    local mid = math.floor((lo + hi) / 2)
+    local at = redis.call('HGET', name(mid), field)
+    if at == at_hi then
+      hi = mid
+    else
+      if at ~= at_lo then alone(lo, mid, field, at_lo, at) end
+      lo, at_lo = mid, at
+    end
+  end
+  ended(lo, {field}, {at_lo})
+end
+
+-- Each of these fields has one bitmap at lo and another at hi.
+local function between(lo, hi, fields, at_lo, at_hi)
+  while hi - lo > 1 do
+    if #fields == 1 then return alone(lo, hi, fields[1], at_lo[1], at_hi[1]) end
+    local mid = math.floor((lo + hi) / 2)
+    local at = bitmaps(mid, fields)
+    if same(at, at_hi) then
+      hi = mid
+    elseif same(at, at_lo) then
+      lo = mid
+    else
+      between(lo, mid, differing(fields, at_lo, at))
+      lo, fields, at_lo, at_hi = mid, differing(fields, at, at_hi)
+    end
+  end
+  ended(lo, fields, at_lo)
+end
+
+local n, front = #packed / 16, 1
+if redis.call('HLEN', name(1)) > MOST then
+  local many = 1
+  front = n + 1
+  while front - many > 1 do
+    local mid = math.floor((many + front) / 2)
+    if redis.call('HLEN', name(mid)) > MOST then many = mid else front = mid end
+  end
+  local flat = redis.call('HRANDFIELD', name(many), MOST, 'WITHVALUES')
+  for j = 1, #flat, 2 do ended(many, {flat[j]}, {flat[j + 1]}) end
+end
+local flat = front <= n and redis.call('HGETALL', name(front)) or {}
+if #flat > 0 then
+  local fields, first = {}, {}
   for j = 1, #flat, 2 do
-    local depth = deepest[flat[j + 1]]
-    if (depth[flat[j]] or 0) < i then depth[flat[j]] = i end
+    fields[#fields + 1], first[#first + 1] = flat[j], flat[j + 1]
   end
-end
-
-local function between(lo, hi, at_lo, at_hi)
-  if at_lo == at_hi then return end
-  if hi - lo == 1 then return holders_end(lo) end
-  local mid = math.floor((lo + hi) / 2)
-  local at_mid = signature(mid)
-  between(lo, mid, at_lo, at_mid)
-  between(mid, hi, at_mid, at_hi)
-end
-
-local n = #packed / 16
-local first = signature(1)
-if first == 0 then return {} end
-local last = n > 1 and signature(n) or first
-if last > 0 then holders_end(n) end
-between(1, n, first, last)
-
-local depths = {}
-for bits, held in pairs(deepest) do
-  local b = tonumber(bits) or 0
-  for field, i in pairs(held) do
-    local d = depths[field]
-    if not d then
-      d = {0, 0, 0, 0}
-      depths[field] = d
-    end
-    for t = 1, 4 do
-      if math.floor(b / 2 ^ (t - 1)) % 2 == 1 and d[t] < i then d[t] = i end
-    end
-  end
+  local last = n > front and bitmaps(n, fields) or first
+  ended(n, fields, last)
+  local f, a, b = differing(fields, first, last)
+  if #f > 0 then between(front, n, f, a, b) end
 end
 
 local reply = {}
-for field, d in pairs(depths) do
-  reply[#reply + 1] = field
-  for t = 1, 4 do reply[#reply + 1] = d[t] end
+for i, here in pairs(ends) do
+  for bits, list in pairs(here) do
+    reply[#reply + 1] = i
+    reply[#reply + 1] = tonumber(bits) or 0
+    reply[#reply + 1] = list
+  end
 end
 return reply

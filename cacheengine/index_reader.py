@@ -6,132 +6,70 @@ Trouble is mapped to IndexDown here and nowhere else; the router then falls back
 import asyncio
 import contextlib
 import logging
-import math
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import redis.asyncio
-from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import AskError, MovedError, RedisError
 
+from cacheengine import redis_url
 from cacheengine.errors import IndexDown
+from cacheengine.index_line import PROBE_SECONDS, Node
+from cacheengine.index_nodes import KINDS, Nodes
 from cacheengine.index_schema import FLEET, Depths, Lease, WorkerInfo, chunk_name, holder_of, lease_name
 from cacheengine.keys import ChunkKey, Namespace
-from cacheengine.redis_url import async_client
 
 log = logging.getLogger(__name__)
 
 MAX_LOOKUP_KEYS = 512  # 131,072 tokens in chunks of 256; the rest of a longer prompt is not asked for
 MAX_FLEET = 1024
-MISSES_TO_SUSPECT = 3
-PROBE_SECONDS = 1.0  # a connection that cannot answer PING in this time is given up
-BACKOFF_SECONDS = (0.05, 1.0)
+MAX_NAMES = 16_384  # lives remembered by their fields
 FLEET_SECONDS = 1.0
 
 _LOOKUP = (Path(__file__).parent / "index_lookup.lua").read_text()
 
-
-class _Line:
-    """One Redis connection shared by every question of a process.
-
-    Questions are pipelined and answered in order; nobody waits for a pool, no handshake happens inside a
-    deadline, and an answer that comes too late is dropped instead of costing the connection.
-    """
-
-    def __init__(self, connection: AbstractConnection) -> None:
-        self._connection = connection
-        self._waiting: deque[asyncio.Future[Any]] = deque()
-        self._reader = asyncio.create_task(self._read(), name="cairn-index-line")
-        self.broken = asyncio.Event()
-
-    async def ask(self, *command: bytes | str | int) -> Any:
-        """Raises RedisError, OSError; cancel it freely."""
-        if self.broken.is_set():
-            raise redis.exceptions.ConnectionError("connection to the index is closed")
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting.append(answer)
-        packed = self._connection.pack_command(*command)
-        await self._connection.send_packed_command(packed, check_health=False)
-        return await answer
-
-    async def _read(self) -> None:
-        try:
-            while True:
-                try:
-                    answer = await self._connection.read_response(timeout=math.inf)
-                except redis.exceptions.ResponseError as exc:
-                    _settle(self._waiting.popleft(), exc)
-                else:
-                    _settle(self._waiting.popleft(), answer)
-        except (RedisError, OSError) as exc:
-            self._give_up(exc)
-
-    def _give_up(self, exc: BaseException) -> None:
-        self.broken.set()
-        while self._waiting:
-            _settle(self._waiting.popleft(), exc)
-
-    async def close(self) -> None:
-        self._reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._reader
-        self._give_up(redis.exceptions.ConnectionError("connection to the index is closed"))
-        await self._connection.disconnect(nowait=True)
-
-
-def _settle(future: asyncio.Future[Any], answer: Any) -> None:
-    if future.done():  # its deadline passed
-        return
-    if isinstance(answer, BaseException):
-        future.set_exception(answer)
-    else:
-        future.set_result(answer)
+Holder = tuple[str, int]  # worker id, epoch
 
 
 class IndexReader:
     """REQUIRES: used from one event loop.  `deadline_ms` bounds a look-up, not the (background) connecting.
 
-    After three misses in a row every look-up fails at once until a PING is answered again.
+    After three misses in a row look-ups of that server fail at once, until it answers again.  Raises
+    ConfigError.
     """
 
     def __init__(self, url: str, deadline_ms: float = 2.0) -> None:
-        self._deadline = deadline_ms / 1000
-        client = async_client(url, socket_timeout=None, socket_connect_timeout=PROBE_SECONDS, protocol=2)
-        self._pool = client.connection_pool
-        self._line: _Line | None = None
-        self._sha = ""
-        self._misses = 0
-        self._suspect = asyncio.Event()
-        self._ready = asyncio.Event()
-        self._keeper: asyncio.Task[None] | None = None
+        self._url, self._deadline = url, deadline_ms / 1000
+        self._make = KINDS[redis_url.parse(url).kind]
+        self._nodes: Nodes | None = None
+        self._changed = asyncio.Event()
+        self._names: dict[bytes, Holder | None] = {}
 
     @property
     def up(self) -> bool:
-        """Whether a look-up would be tried now."""
-        return self._ready.is_set()
+        """Whether a look-up would be tried now; on a Cluster, by at least one node."""
+        return self._nodes is not None and self._nodes.up
 
     async def open(self, timeout: float = PROBE_SECONDS) -> bool:
         """Start connecting; wait at most `timeout` seconds for it.  Never raises: connecting goes on."""
-        if self._keeper is None:
-            self._keeper = asyncio.create_task(self._keep(), name="cairn-index-reader")
+        if self._nodes is None:
+            self._nodes = self._make(self._url, _LOOKUP, self._changed)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                await self._ready.wait()
+                while not self.up:
+                    self._changed.clear()
+                    await self._changed.wait()
         return self.up
 
     async def close(self) -> None:
         """Idempotent."""
-        keeper, self._keeper = self._keeper, None
-        if keeper is not None:
-            keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await keeper
+        nodes, self._nodes = self._nodes, None
+        if nodes is not None:
+            await nodes.close()
 
-    async def holders(self, namespace: Namespace, keys: Sequence[ChunkKey]) -> dict[tuple[str, int], Depths]:
+    async def holders(self, namespace: Namespace, keys: Sequence[ChunkKey]) -> dict[Holder, Depths]:
         """(worker id, epoch) → how many leading chunks of `keys` it holds, by tier.  One round trip.
 
         Also names lives that are over: callers compare the epoch with the worker's lease.  `shared` is
@@ -139,89 +77,64 @@ class IndexReader:
         """
         if not keys:
             return {}
-        if self._keeper is None:
+        if self._nodes is None:
             await self.open(self._deadline)
-        if self._line is None or not self.up:
-            raise IndexDown("no connection to the chunk index")
         name = chunk_name(namespace, keys[0], keys[0])
+        node = self._nodes.find(name) if self._nodes else None
+        if node is None or not node.up:
+            raise IndexDown("no connection to the chunk index")
         packed = b"".join(keys[:MAX_LOOKUP_KEYS])
         try:
             async with asyncio.timeout(self._deadline):
-                flat = await self._evaluate(self._line, name, packed)
+                flat = await self._evaluate(node, name, packed)
         except TimeoutError:
-            self._misses += 1
-            if self._misses >= MISSES_TO_SUSPECT:
-                self._ready.clear()
-                self._suspect.set()
+            node.missed()
             raise IndexDown(f"no answer from the chunk index in {self._deadline * 1000:g} ms") from None
         except (RedisError, OSError) as exc:
             raise IndexDown(f"chunk index: {exc}") from exc
-        self._misses = 0
-        return {holder_of(flat[i].decode()): Depths(*flat[i + 1 : i + 5]) for i in range(0, len(flat), 5)}
+        return self._depths(flat)
 
-    async def _evaluate(self, line: _Line, name: str, packed: bytes) -> list[Any]:
+    async def _evaluate(self, node: Node, name: bytes, packed: bytes) -> list[Any]:
         try:
-            reply = await line.ask("EVALSHA", self._sha, 1, name, packed)
-        except NoScriptError:  # somebody ran SCRIPT FLUSH
-            reply = await line.ask("EVAL", _LOOKUP, 1, name, packed)
-        return list(reply)
+            return await node.evaluate(name, packed)
+        except AskError as exc:  # MovedError is one
+            other = self._nodes.redirected(exc) if self._nodes else None
+            if other is None:
+                raise
+            return await other.evaluate(name, packed, asking=not isinstance(exc, MovedError))
 
-    async def _keep(self) -> None:
-        """Own the line: connect, watch, give up, connect again."""
-        delay = BACKOFF_SECONDS[0]
-        while True:
-            connection = cast(AbstractConnection, self._pool.make_connection())  # type: ignore[no-untyped-call]
-            try:
-                async with asyncio.timeout(PROBE_SECONDS):
-                    await connection.connect()  # type: ignore[no-untyped-call]
-                line = _Line(connection)
-            except (RedisError, OSError) as exc:  # TimeoutError is an OSError
-                log.debug("chunk index: %s", exc)
-                await connection.disconnect(nowait=True)
-                await asyncio.sleep(delay)
-                delay = min(2 * delay, BACKOFF_SECONDS[1])
-                continue
-            try:
-                while await self._answers(line):
-                    delay = BACKOFF_SECONDS[0]
-                    self._line = line
-                    self._misses = 0
-                    self._suspect.clear()
-                    self._ready.set()
-                    await _first(self._suspect, line.broken)
-                    self._ready.clear()
-            finally:
-                self._ready.clear()
-                self._line = None
-                await line.close()
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, BACKOFF_SECONDS[1])
+    def _depths(self, flat: Sequence[Any]) -> dict[Holder, Depths]:
+        held: dict[Holder, Depths] = {}
+        for i in range(0, len(flat), 3):
+            chunk, bits, fields = flat[i : i + 3]
+            ends = Depths(bits & 1 and chunk, bits & 2 and chunk, bits & 4 and chunk, bits & 8 and chunk)
+            for field in fields:
+                if (holder := self._holder(field)) is not None:
+                    before = held.get(holder)
+                    held[holder] = ends if before is None else Depths(*map(max, before, ends))
+        return held
 
-    async def _answers(self, line: _Line) -> bool:
-        """Whether the line works; (re)loads the script, which doubles as the PING."""
+    def _holder(self, field: bytes) -> Holder | None:
+        """None for a field nobody of us wrote."""
         try:
-            async with asyncio.timeout(PROBE_SECONDS):
-                self._sha = (await line.ask("SCRIPT", "LOAD", _LOOKUP)).decode()
-        except (RedisError, OSError):
-            return False
-        return True
-
-
-async def _first(*events: asyncio.Event) -> None:
-    """Return when any of the events is set."""
-    tasks = [asyncio.create_task(event.wait()) for event in events]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
+            return self._names[field]
+        except KeyError:
+            pass
+        if len(self._names) >= MAX_NAMES:
+            self._names.clear()
+        try:
+            holder = holder_of(field.decode())
+        except ValueError:
+            holder = None
+        self._names[field] = holder
+        return holder
 
 
 class Fleet:
     """Reads the leases: who is alive, where, and how busy."""
 
     def __init__(self, url: str) -> None:
-        self._client = async_client(
+        self._client = redis_url.async_client(
             url,
             socket_timeout=FLEET_SECONDS,
             socket_connect_timeout=FLEET_SECONDS,
@@ -240,7 +153,7 @@ class Fleet:
                         namespace, _, worker_id = member.partition(":")
                         pipe.hgetall(lease_name(namespace, worker_id))
                     held = await pipe.execute() if members else []
-        except (RedisError, OSError) as exc:
+        except (*redis_url.DOWN, OSError) as exc:
             raise IndexDown(f"fleet: {exc}") from exc
         leases = []
         for member, fields in zip(members, held, strict=True):

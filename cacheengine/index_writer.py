@@ -1,35 +1,32 @@
 """One worker's side of the chunk index: a thread that tells Redis what this worker holds.
 
 The engine calls publish() from its hot path and never waits.  Everything else happens here: coalescing,
-reconnecting, the lease, and starting over from the engine's own inventory whenever Redis may have missed
-something.  A wrong entry costs one recompute; a silent writer costs nothing but routing quality.
+reconnecting, the lease, and finding out what Redis or we have forgotten.  Four things heal:
+
+* Redis lost the end of what it was told (a mark is behind), or all of it, or our lease: with the next beat a
+  new life begins, told from the engine's own inventory.  Its epoch makes whatever is left of the old one
+  invisible at once.
+* More changed than fits into the queue: the same.
+* Single entries are gone or wrong: every `check_seconds` a slice of what was told is compared in Redis and
+  mended; a third of the expiry is one round.
+* The engine holds something else than was told: compared once a round.
+
+A wrong entry costs one recompute; a silent writer costs nothing but routing quality.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
-from typing import cast
 
-import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
-
-from cacheengine import redis_url
-from cacheengine.index_schema import (
-    FLEET,
-    SEPARATOR,
-    Entry,
-    WorkerInfo,
-    chunk_name,
-    epoch_name,
-    field_of,
-    lease_name,
-)
+from cacheengine.index_ledger import Ledger
+from cacheengine.index_schema import Entry, WorkerInfo
+from cacheengine.index_wire import Wire, epoch_of
 from cacheengine.keys import ChunkKey
+from cacheengine.redis_url import DOWN
 from cacheengine.wishes import Listener
 
 log = logging.getLogger(__name__)
@@ -37,13 +34,11 @@ log = logging.getLogger(__name__)
 WINDOW_SECONDS = 0.02  # how long changes may gather
 BATCH_ENTRIES = 256  # ... and how many
 MAX_PENDING = 100_000  # distinct chunks waiting for Redis; beyond it start over from the inventory
-SOCKET_SECONDS = 2.0
 BACKOFF_SECONDS = (0.05, 2.0)
-EPOCH_TTL_MS = 30 * 86_400_000  # after that the server's clock alone carries the epoch
+CHECK_SECONDS = 30.0
+DRIFT_SECONDS = 1.0  # until the next slice when one was wrong
+ROUNDS_A_LIFETIME = 3  # every entry is renewed this often before it would expire
 SWEEP_GRACE_MS = 600_000  # a life younger than this may still be announcing itself
-FLEET_FORGET_MS = 3_600_000
-
-_LUA = Path(__file__).parent
 
 
 @dataclass(slots=True)
@@ -55,6 +50,10 @@ class WriterStats:
     overflows: int = 0
     errors: int = 0  # lost connections and refused commands
     beats: int = 0
+    losses: int = 0  # times Redis had forgotten what it had acknowledged
+    rounds: int = 0  # times everything told was compared
+    mended: int = 0  # entries that were found missing or wrong, there or here
+    swept: int = 0  # lives that were over and were removed
 
 
 class _Superseded(Exception):
@@ -65,7 +64,7 @@ class IndexWriter:
     """REQUIRES: `heartbeat` and `inventory` are thread-safe (they run on the writer's thread), the engine
     changes its own map *before* it calls publish(), and entries come parents first.
 
-    `ttl_seconds` is the expiry of entries, refreshed at half of it; `lease_seconds` that of the worker.
+    `ttl_seconds` is the expiry of entries, `lease_seconds` that of the worker.
     """
 
     def __init__(
@@ -78,19 +77,24 @@ class IndexWriter:
         inventory: Callable[[], list[Entry]],
         *,
         max_pending: int = MAX_PENDING,
+        check_seconds: float = CHECK_SECONDS,
         wishes: Listener | None = None,
     ) -> None:
         self._url, self._info = url, info
         self._ttl, self._lease = ttl_seconds, lease_seconds
         self._heartbeat, self._inventory = heartbeat, inventory
-        self._max_pending = max_pending
+        self._max_pending, self._check_seconds = max_pending, check_seconds
+        self._checks = max(1, int(ttl_seconds / ROUNDS_A_LIFETIME / check_seconds))  # a round
         self._wishes = wishes
-        self._namespace = bytes.fromhex(info.namespace)
         self._pending: dict[ChunkKey, Entry] = {}
         self._dirty = True  # Redis may hold something else than the inventory
         self._closing = False
         self._changed = threading.Condition()
-        self._next_beat = self._next_refresh = 0.0
+        self._next_beat = self._next_check = 0.0
+        self._told, self._marks = Ledger(), dict[str, int]()
+        self._todo: list[list[tuple[ChunkKey, list[ChunkKey]]]] = []  # slices, of this round
+        self._step = 0  # slices a check
+        self._lives, self._horizon = set[str](), 0  # alive when this round began; older others are dead
         self._thread = threading.Thread(target=self._run, name="cairn-index", daemon=True)
         self.stats = WriterStats()
 
@@ -131,15 +135,17 @@ class IndexWriter:
         while not self._closing:
             before = self.stats.beats
             try:
-                with self._connect() as client:
-                    self._session(client)
+                with closing(Wire(self._url, self._ttl, self._marks)) as wire:
+                    self._next_beat = 0.0
+                    while self._turn(wire):
+                        pass
                 return
             except _Superseded:
                 log.error(
                     "another process took worker id %r; this one leaves the index", self._info.worker_id
                 )
                 return
-            except (redis.RedisError, OSError) as exc:
+            except (*DOWN, OSError) as exc:
                 self.stats.errors += 1
                 if delay == BACKOFF_SECONDS[0]:
                     log.warning("chunk index: %s; will keep trying", exc)
@@ -150,47 +156,32 @@ class IndexWriter:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing, delay)
 
-    def _connect(self) -> redis.Redis:
-        client = redis_url.client(
-            self._url,
-            socket_timeout=SOCKET_SECONDS,
-            socket_connect_timeout=SOCKET_SECONDS,
-            retry=Retry(NoBackoff(), 0),  # _run() retries, with the books put right first
-            protocol=2,
-        )
-        self._epoch_script = client.register_script((_LUA / "index_epoch.lua").read_text())
-        self._beat_script = client.register_script((_LUA / "index_beat.lua").read_text())
-        self._write_script = client.register_script((_LUA / "index_write.lua").read_text())
-        return client
-
-    def _session(self, client: redis.Redis) -> None:
-        """Serve until closed.  Raises what redis-py raises."""
-        self._next_beat = 0.0
-        while True:
-            batch = self._collect()
-            if self._closing:
-                self._leave(client)
-                return
-            try:
-                if self._info.epoch and time.monotonic() >= self._next_beat:
-                    self._beat(client)
-                if self._dirty:
-                    self._begin_life(client)
-                elif time.monotonic() >= self._next_refresh:
-                    self._announce(client)
-                else:
-                    self._write(client, batch)
-                    continue
-                # an inventory taken after the batch was published has the last word on it
-            except BaseException:
-                self._put_back(batch)
-                raise
+    def _turn(self, wire: Wire) -> bool:
+        """Sleep until something is to be said, and say it; False when closed.  Raises what redis-py raises,
+        and _Superseded."""
+        batch = self._collect()
+        if self._closing:
+            wire.leave(self._info)
+            return False
+        try:
+            if self._info.epoch and time.monotonic() >= self._next_beat:
+                self._beat(wire)
+            if self._dirty:
+                self._begin_life(wire)  # an inventory taken after the batch was published has the last word
+            else:
+                self._write(wire, batch)
+                if time.monotonic() >= self._next_check:
+                    self._check(wire)
+        except BaseException:
+            self._put_back(batch)
+            raise
+        return True
 
     def _collect(self) -> list[Entry]:
         """Sleep until there is work or a beat is due; take at most one batch."""
 
         def due() -> float:
-            return max(0.0, min(self._next_beat, self._next_refresh) - time.monotonic())
+            return max(0.0, min(self._next_beat, self._next_check) - time.monotonic())
 
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._dirty or self._pending, due())
@@ -211,115 +202,87 @@ class IndexWriter:
             # what failed is older than what was published meanwhile
             self._pending = {entry.key: entry for entry in batch} | self._pending
 
-    def _begin_life(self, client: redis.Redis) -> None:
+    def _begin_life(self, wire: Wire) -> None:
         """A new epoch makes every earlier claim of ours invisible at once; then say what we really hold."""
         with self._changed:
             self._dirty = False
             self._pending.clear()
         try:
-            epoch = self._epoch_script(
-                keys=[epoch_name(self._info.namespace, self._info.worker_id)],
-                args=[self._info.epoch, EPOCH_TTL_MS],
-                client=client,
-            )
-            self._info = replace(self._info, epoch=int(epoch))
-            self._beat(client)
-            self._announce(client)
+            self._told.clear()
+            self._marks.clear()
+            self._info = replace(self._info, epoch=wire.epoch(self._info))
+            self._beat(wire)
+            self._tell(wire, self._inventory())
+            self.stats.announcements += 1
+            self._begin_round(wire)
         except BaseException:
             self._dirty = True
             raise
 
-    def _beat(self, client: redis.Redis) -> None:
+    def _beat(self, wire: Wire) -> None:
         """Renew the lease.  One that vanished means Redis was flushed, or that we were silent too long and
         others may have swept our entries: start over.  Raises _Superseded."""
-        info = self._info
-        held = {name: str(value) for name, value in self._heartbeat().items()} | info.fields()
-        held |= self._wishes.words() if self._wishes else {}
-        found, now = self._beat_script(
-            keys=[lease_name(info.namespace, info.worker_id)],
-            args=[int(self._lease * 1000), info.epoch, *(part for pair in held.items() for part in pair)],
-            client=client,
-        )
-        if found and int(found) > info.epoch:
+        words = {name: str(value) for name, value in self._heartbeat().items()}
+        words |= self._wishes.words() if self._wishes else {}
+        found = wire.beat(self._info, self._lease, words)
+        if found > self._info.epoch:
             raise _Superseded
-        if not found and self.stats.beats:
+        if (not found and self.stats.beats) or wire.lost():
+            self.stats.losses += not self._dirty
             self._dirty = True
-        with client.pipeline(transaction=False) as pipe:
-            pipe.zadd(FLEET, {f"{info.namespace}:{info.worker_id}": int(now)})
-            pipe.zremrangebyscore(FLEET, "-inf", int(now) - FLEET_FORGET_MS)
-            if self._wishes:
-                self._wishes.ask(pipe)
-            answers = pipe.execute()
         self.stats.beats += 1
         self._next_beat = time.monotonic() + self._lease / 3
-        if self._wishes and self._wishes.hear(client, answers[-2:]):
+        if self._wishes and wire.listen(self._wishes, self._info.namespace):
             self._next_beat = 0.0  # somebody waits to read that it was obeyed
 
-    def _announce(self, client: redis.Redis) -> None:
-        """Write the whole inventory, renewing every expiry, and sweep fields of the dead on the way."""
-        now = client.time()
-        horizon = int(now[0]) * 1000 - SWEEP_GRACE_MS
-        live = self._live_fields(client)
-        entries = self._inventory()
+    def _tell(self, wire: Wire, entries: Sequence[Entry]) -> None:
+        """Write any number of entries, with beats between."""
         for start in range(0, len(entries), BATCH_ENTRIES):
             if self._closing:
                 return
-            self._write(client, entries[start : start + BATCH_ENTRIES], max(1, horizon), live)
+            self._write(wire, entries[start : start + BATCH_ENTRIES])
             if time.monotonic() >= self._next_beat:
-                self._beat(client)
-        self.stats.announcements += 1
-        self._next_refresh = time.monotonic() + self._ttl / 2
+                self._beat(wire)
 
-    def _live_fields(self, client: redis.Redis) -> list[str]:
-        prefix = self._info.namespace + ":"
-        members = cast(list[bytes], client.zrange(FLEET, 0, -1))
-        peers = [m for raw in members if (m := raw.decode()).startswith(prefix)]
-        with client.pipeline(transaction=False) as pipe:
-            for member in peers:
-                pipe.hget(lease_name(self._info.namespace, member.removeprefix(prefix)), "epoch")
-            epochs = pipe.execute()
-        return [
-            f"{member.removeprefix(prefix)}{SEPARATOR}{epoch.decode()}"
-            for member, epoch in zip(peers, epochs, strict=True)
-            if epoch is not None
-        ]
-
-    def _write(
-        self, client: redis.Redis, entries: Sequence[Entry], horizon: int = 0, live: Sequence[str] = ()
-    ) -> None:
-        """One round trip; one script call per prefix family, removals before additions.
-
-        Keys travel packed: five arguments a family instead of three commands a chunk keep the time this
-        thread holds the engine's interpreter lock small.
-        """
-        families: dict[ChunkKey, list[Entry]] = {}
-        for entry in sorted(entries, key=lambda e: e.bits != 0):
-            families.setdefault(entry.root, []).append(entry)
-        if not families:
+    def _write(self, wire: Wire, entries: Sequence[Entry]) -> None:
+        if not entries:
             return
-        field = field_of(self._info.worker_id, self._info.epoch)
-        with client.pipeline(transaction=False) as pipe:
-            for root, family in families.items():
-                packed = b"".join(entry.key for entry in family)
-                bitmaps = bytes(entry.bits for entry in family)
-                args: list[str | int | bytes] = [
-                    field,
-                    int(self._ttl * 1000),
-                    packed,
-                    bitmaps,
-                    horizon,
-                    *live,
-                ]
-                self._write_script([chunk_name(self._namespace, root, root)], args, pipe)
-            pipe.execute()
+        wire.write(self._info, entries)
+        self._told.note(entries)
         self.stats.written += len(entries)
 
-    def _leave(self, client: redis.Redis) -> None:
-        info = self._info
-        name = lease_name(info.namespace, info.worker_id)
-        held = client.hget(name, "epoch")
-        if held is not None and int(held) == info.epoch:
-            with client.pipeline(transaction=False) as pipe:
-                pipe.delete(name)
-                pipe.zrem(FLEET, f"{info.namespace}:{info.worker_id}")
-                pipe.execute()
+    def _check(self, wire: Wire) -> None:
+        """Compare the next slices of what was told with what Redis has; sweep the dead named there."""
+        wrong = 0
+        for _ in range(min(self._step, len(self._todo))):
+            pieces = [self._told.still(root, keys) for root, keys in self._todo.pop()]
+            mended, others = wire.check(self._info, pieces)
+            wrong += mended
+            if dead := {field for field in others - self._lives if epoch_of(field) < self._horizon}:
+                wire.sweep(self._info, pieces, dead)
+                self.stats.swept += len(dead)
+            if time.monotonic() >= self._next_beat:
+                self._beat(wire)
+        if not self._todo:
+            wrong += self._compare(wire)
+            self._begin_round(wire)
+        self.stats.mended += wrong
+        pause = min(DRIFT_SECONDS, self._check_seconds) if wrong else self._check_seconds
+        self._next_check = time.monotonic() + pause
+
+    def _compare(self, wire: Wire) -> int:
+        """The end of a round: does the engine hold what was told?  Returns how many entries were wrong."""
+        inventory = self._inventory()
+        with self._changed:  # what is published is newer, and written next
+            said = set(self._pending)
+        differing = [entry for entry in self._told.differing(inventory) if entry.key not in said]
+        self._tell(wire, differing)
+        self.stats.rounds += 1
+        return len(differing)
+
+    def _begin_round(self, wire: Wire) -> None:
+        self._lives, now = wire.lives(self._info.namespace)
+        self._horizon = now - SWEEP_GRACE_MS
+        self._todo = self._told.slices(BATCH_ENTRIES)
+        self._step = -(-len(self._todo) // self._checks)
+        self._next_check = time.monotonic() + self._check_seconds

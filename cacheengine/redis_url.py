@@ -11,7 +11,6 @@ required), ssl_check_hostname; and for Sentinels with a password of their own, s
 sentinel_password.  Other redis-py options are left to redis-py.
 """
 
-import logging
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import redis
 import redis.asyncio
+from redis.asyncio.cluster import ClusterNode as AsyncClusterNode
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.cluster import ClusterNode
 from redis.sentinel import Sentinel
@@ -33,8 +33,6 @@ _FALSE = {"0", "f", "false", "n", "no"}  # as redis-py reads them
 
 # What redis-py raises when servers do not answer; its Cluster has an exception of its own family.
 DOWN = (redis.RedisError, redis.exceptions.RedisClusterException)
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,25 +124,37 @@ def client(url: str, **options: Any) -> redis.Redis:
     return cast(redis.Redis, sentinels.master_for(parsed.service, **options, db=parsed.login.db))
 
 
+def server_of(made: redis.Redis, name: str | bytes) -> redis.Redis:
+    """The client of the one server that has the key `name`: pipelines and scripts then know of no Cluster.
+    `made` is what client() returned.  Raises what redis-py raises where no node serves `name`."""
+    if not isinstance(made, redis.RedisCluster):
+        return made
+    node = made.get_node_from_key(name)
+    return cast(redis.Redis, made.get_redis_connection(node))
+
+
 def async_client(url: str, **options: Any) -> redis.asyncio.Redis:
-    """The same for asyncio.  Not for a Cluster, where the chunk index does not work yet: see index_url().
-    Raises ConfigError."""
+    """The same for asyncio, in every case connected lazily.  Raises ConfigError."""
     parsed = parse(url)
-    if parsed.kind == "cluster":
-        raise ConfigError(_NO_INDEX)
     if parsed.kind == "single":
         return redis.asyncio.Redis.from_url(url, **options)
     options = _given(parsed) | options
+    if parsed.kind == "cluster":
+        targets = [_target(address) for address in parsed.addresses]
+        nodes = [AsyncClusterNode(host, port) for host, port in targets]
+        return cast(redis.asyncio.Redis, redis.asyncio.RedisCluster(startup_nodes=nodes, **options))
     hosts = [_target(address) for address in parsed.addresses]
     theirs = _theirs(parsed, options)
     sentinels: Any = _AsyncSentinels(hosts, sentinel_kwargs=theirs)  # type: ignore[no-untyped-call]
     return cast(redis.asyncio.Redis, sentinels.master_for(parsed.service, **options, db=parsed.login.db))
 
 
-_NO_INDEX = (
-    "the chunk index does not work on a Redis Cluster yet: chunks are shared there, routing is by hashing, "
-    "and the gateway knows only the workers it is told of"
-)
+def async_node(url: str, host: str, port: int, **options: Any) -> redis.asyncio.Redis:
+    """A client of one node of the Cluster that `url` names.  Raises ConfigError."""
+    parsed = parse(url)
+    if parsed.kind != "cluster":
+        raise ConfigError("redis_url names no Cluster")
+    return redis.asyncio.Redis(host=host, port=port, **(_given(parsed) | options))
 
 
 class _Sentinels(Sentinel):
@@ -167,14 +177,6 @@ class _AsyncSentinels(AsyncSentinel):
         finally:
             for sentinel in self.sentinels:
                 await sentinel.aclose()
-
-
-def index_url(url: str) -> str:
-    """`url` if the chunk index works there; "" with one warning if not.  Raises ConfigError."""
-    if url and parse(url).kind == "cluster":
-        log.warning(_NO_INDEX)
-        return ""
-    return url
 
 
 def _host(text: str, port: int) -> tuple[str, int]:

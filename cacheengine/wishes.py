@@ -80,6 +80,7 @@ def make(
 
     `keys` is empty for "clear".  Raises TooManyPins, and what redis-py raises.
     """
+    client = redis_url.server_of(client, names_of(namespace)[0])
     script = client.register_script((_LUA / "wishes_make.lua").read_text())
     number, changed = script(names_of(namespace), [verb, who, MAX_PINS, *(key.hex() for key in keys)])
     if not int(number):
@@ -90,7 +91,7 @@ def make(
 def read(client: redis.Redis, namespace: str) -> Wish:
     """The numbers and the pins, of one moment.  Raises what redis-py raises."""
     wishes, pins = names_of(namespace)
-    with client.pipeline(transaction=True) as pipe:
+    with redis_url.server_of(client, wishes).pipeline(transaction=True) as pipe:
         pipe.hmget(wishes, *NUMBERS)
         pipe.smembers(pins)
         numbers, members = pipe.execute()
@@ -119,7 +120,7 @@ class Listener:
         Redis that does not answer now is heard later."""
         if self.obeyed.pins:
             self._obey(self.obeyed, self.obeyed._replace(pins_version=0))
-        if not url or redis_url.parse(url).kind == "cluster":  # without an index there are no wishes
+        if not url:
             return
         try:
             with redis_url.client(

@@ -15,7 +15,6 @@ from starlette.responses import Response
 
 from cacheengine.index_orders import Orders
 from cacheengine.index_reader import Fleet, IndexReader
-from cacheengine.redis_url import index_url
 from gateway.admin import admin
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
@@ -42,7 +41,7 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
     )
     carrier = transport or httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
     http = httpx.AsyncClient(trust_env=False)  # health checks and handshakes, never a client's request
-    url = index_url(config.redis_url)
+    url = config.redis_url
     fleet = Fleet(url) if url else None
     orders = Orders(url) if url else None
     index = IndexReader(url, config.index_deadline_ms) if url else None

@@ -18,9 +18,9 @@ from cacheengine.errors import BadFrame, IndexDown
 from cacheengine.frame import HEADER_BYTES
 from cacheengine.index_reader import Fleet
 from cacheengine.index_schema import DEVICE, DISK, HOST, Lease, WorkerInfo, chunk_name, field_of
-from cacheengine.keys import ChunkKey, KeyScheme, Namespace
+from cacheengine.keys import KEY_BYTES, ChunkKey, KeyScheme, Namespace
 from cacheengine.tiers.redis import escape
-from cacheengine.wishes import names_of, parse_key
+from cacheengine.wishes import names_of
 from gateway.launch.errors import LaunchError, UsageError
 from router.worker import from_lease
 
@@ -58,7 +58,7 @@ def connect(url: str) -> redis.Redis:
     """Raises LaunchError; its sentence never holds the URL, which may hold a password."""
     try:
         if redis_url.parse(url).kind == "cluster":
-            raise UsageError("there is no chunk index on a Redis Cluster yet, so nothing to look into")
+            raise UsageError("these commands do not look into a Redis Cluster yet")
         client = redis_url.client(url, socket_timeout=_SECONDS, socket_connect_timeout=_SECONDS, protocol=2)
         client.ping()
     except ConfigError as exc:
@@ -153,10 +153,10 @@ def find_roots(client: redis.Redis, namespace: str, keys: Sequence[ChunkKey]) ->
     tell: look at every entry of the namespace.  Keys that nobody announces are left out."""
     wanted, roots = set(keys), dict[ChunkKey, ChunkKey]()
     for name in client.scan_iter(f"cairn:{namespace}:{{*", count=_SCAN):
-        _, _, root, text = name.decode().split(":")
-        key = parse_key(text)
+        key = ChunkKey(name[-KEY_BYTES:])
         if key in wanted:
-            roots[key] = ChunkKey(bytes.fromhex(root.strip("{}")))
+            root = name[: -KEY_BYTES - 1].rpartition(b"{")[2].removesuffix(b"}")
+            roots[key] = ChunkKey(bytes.fromhex(root.decode()))
             if len(roots) == len(wanted):
                 break
     return roots

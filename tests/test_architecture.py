@@ -13,8 +13,11 @@ PRODUCT = ("cacheengine", "router", "gateway")
 WORDS = {"cacheengine.keys", "cacheengine.errors", "cacheengine.config"}
 INDEX = {
     f"cacheengine.{name}"
-    for name in ("index_schema", "index_orders", "index_reader", "index_writer", "wishes")
-}
+    for name in (
+        "index_schema", "index_line", "index_nodes", "index_orders", "index_reader", "index_writer",
+        "index_wire", "index_ledger", "wishes",
+    )
+}  # fmt: skip
 
 # Who may import whom, lowest first; the longest matching prefix decides.
 MAY_IMPORT = {
@@ -34,7 +37,11 @@ MAY_IMPORT = {
     },
     "cacheengine.index_schema": WORDS,
     "cacheengine.index_orders": {"cacheengine.redis_url", *WORDS},
+    "cacheengine.index_ledger": {"cacheengine.index_schema", *WORDS},
+    "cacheengine.index_line": WORDS,
+    "cacheengine.index_nodes": {"cacheengine.index_line", "cacheengine.redis_url", *WORDS},
     "cacheengine.index_reader": {"cacheengine.redis_url", *INDEX, *WORDS},
+    "cacheengine.index_wire": {"cacheengine.redis_url", *INDEX, *WORDS},
     "cacheengine.index_writer": {"cacheengine.redis_url", *INDEX, *WORDS},
     "cacheengine.wishes": {"cacheengine.redis_url", *WORDS},
     "cacheengine.offline": WORDS,

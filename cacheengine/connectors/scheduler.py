@@ -31,7 +31,6 @@ from cacheengine.keys import ChunkKey, probe_keys
 from cacheengine.layout import KVLayout
 from cacheengine.metrics import Tally
 from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS, Want
-from cacheengine.redis_url import index_url
 from cacheengine.store import Store
 from cacheengine.tiers.disk import erase, scan
 from cacheengine.wishes import Listener, Wish
@@ -244,8 +243,6 @@ class SchedulerHalf:
         config, layout = self._config, self._layout
         if not config.redis_url or not config.worker_url:
             logger.info("not in the chunk index: redis_url and worker_url are not both set")
-            return None
-        if not index_url(config.redis_url):
             return None
         info = WorkerInfo(
             worker_id=worker_id(config),

@@ -1,13 +1,11 @@
 """The chunk index on a real Valkey: what workers publish is what the router reads, even after trouble."""
 
 import asyncio
-import itertools
 import os
-import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,60 +13,15 @@ from hypothesis import strategies as st
 
 from cacheengine.config import ConfigError
 from cacheengine.errors import IndexDown
-from cacheengine.index_reader import Fleet, IndexReader
-from cacheengine.index_schema import DEVICE, HOST, Depths, Entry, WorkerInfo, chunk_name, field_of, holder_of
-from cacheengine.index_writer import IndexWriter
-from cacheengine.keys import ChunkKey, KeyScheme, Namespace, namespace_of
+from cacheengine.index_schema import DEVICE, HOST, Depths, Entry, chunk_name, field_of, holder_of
+from cacheengine.keys import ChunkKey, KeyScheme, Namespace
+from tests.cacheengine.index_rig import FORK, INFO, NS, PROMPT, SCHEME, Loop, Worker, plant, wait_until
 from tests.cacheengine.tiers.kit import blank, chunks, redis_tier
 from tests.conftest import ValkeyServer
-
-T = TypeVar("T")
-NS = namespace_of({"model": "test"})
-SCHEME = KeyScheme(NS, 16)
-PROMPT = SCHEME.keys(range(16 * 12))
-FORK = SCHEME.keys([*range(16 * 5), *range(900, 900 + 16 * 7)])  # shares 5 chunks
-INFO = WorkerInfo("w1", "http://127.0.0.1:1", "m", "/m", NS.hex(), 16, ("aa", "bb"), tiers=("device", "host"))
 
 in_one_server = settings(
     deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60
 )
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 20.0) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "waited too long"
-        time.sleep(0.005)
-
-
-class Loop:
-    """Blocking verbs over the async reader."""
-
-    def __init__(self, url: str, deadline_ms: float) -> None:
-        self._runner = asyncio.Runner()
-        self.reader, self._fleet = IndexReader(url, deadline_ms), Fleet(url)
-        self.run(self.reader.open())
-
-    def run(self, job: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(job)
-
-    def holders(self, keys: list[ChunkKey], namespace: Namespace = NS) -> dict[tuple[str, int], Depths]:
-        return self.run(self.reader.holders(namespace, keys))
-
-    def down(self, keys: list[ChunkKey]) -> bool:
-        try:
-            self.holders(keys)
-        except IndexDown:
-            return True
-        return False
-
-    def fleet(self) -> dict[str, Any]:
-        return {lease.info.worker_id: lease for lease in self.run(self._fleet.read())}
-
-    def close(self) -> None:
-        self.run(self.reader.close())
-        self.run(self._fleet.close())
-        self._runner.close()
 
 
 @pytest.fixture
@@ -76,31 +29,6 @@ def index(valkey: ValkeyServer) -> Iterator[Loop]:
     loop = Loop(valkey.unix_url, deadline_ms=2000)
     yield loop
     loop.close()
-
-
-class Worker:
-    """A worker's map and its writer."""
-
-    def __init__(self, url: str, info: WorkerInfo = INFO, lease: float = 2.0, **options: Any) -> None:
-        self.held: dict[ChunkKey, Entry] = {}
-        self.id = info.worker_id
-        self.writer = IndexWriter(url, info, 600, lease, self.heartbeat, self.inventory, **options)
-
-    def heartbeat(self) -> dict[str, float]:
-        return {"running": 3}
-
-    def inventory(self) -> list[Entry]:
-        return list(self.held.values())
-
-    def say(self, keys: list[ChunkKey], bits: int) -> None:
-        entries = [Entry(keys[0], key, bits) for key in keys]
-        for entry in entries:
-            self.held[entry.key] = entry
-        self.writer.publish(entries)
-
-    @property
-    def name(self) -> tuple[str, int]:
-        return self.id, self.writer.epoch
 
 
 @pytest.fixture
@@ -177,21 +105,12 @@ def reads(valkey: ValkeyServer) -> int:
     """How many hashes were read since the server was started, by whatever command."""
     with valkey.client() as client:
         stats = client.info("commandstats")
-    return sum(int(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"]) for name in ("hgetall", "hvals"))
+    return sum(
+        int(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"]) for name in ("hgetall", "hmget", "hget")
+    )
 
 
 # the look-up script
-
-
-def plant(
-    valkey: ValkeyServer, keys: list[ChunkKey], held: dict[str, list[int]], namespace: Namespace
-) -> None:
-    """`held`: field → for each tier (device, host, disk, shared) how many leading chunks."""
-    with valkey.client() as client, client.pipeline(transaction=False) as pipe:
-        for (field, depths), i in itertools.product(held.items(), range(len(keys))):
-            if bits := sum(1 << t for t in range(4) if i < depths[t]):
-                pipe.hset(chunk_name(namespace, keys[0], keys[i]), field, bits)
-        pipe.execute()
 
 
 @given(
@@ -233,6 +152,23 @@ def test_the_cost_follows_the_holders_and_not_the_prompt(valkey: ValkeyServer, i
     assert reads(valkey) - before <= 3 + 3 * (
         9 + 1
     )  # the ends, and for each change a bisection and the names
+
+
+def test_of_a_front_that_very_many_hold_some_are_named_and_all_who_go_deeper(
+    valkey: ValkeyServer, index: Loop
+) -> None:
+    fleet = {field_of(f"w{i}", 7): [0, 4, 0, 0] for i in range(600)}
+    fleet |= {field_of(f"deep{i}", 7): [0, 5 + i, 0, 0] for i in range(6)}
+    plant(valkey, PROMPT, fleet, NS)
+    found = index.holders(PROMPT)
+    assert {name[0]: held.host for name, held in found.items() if held.host > 4} == {
+        f"deep{i}": 5 + i for i in range(6)
+    }
+    assert 250 <= len(found) <= 256 + 6
+    assert {held.host for name, held in found.items() if name[0].startswith("w")} == {4}
+    whole = index.holders(PROMPT[:3])  # nobody goes deeper than what all hold
+    assert len(whole) == 256
+    assert set(whole.values()) == {Depths(host=3)}
 
 
 def test_no_more_than_512_keys_are_asked_for(valkey: ValkeyServer, index: Loop) -> None:
@@ -411,13 +347,14 @@ def test_a_callback_that_raises_costs_the_lease_and_not_the_thread(
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_fields_of_the_dead_are_swept_by_whoever_announces_next(
+def test_fields_of_the_dead_are_swept_by_whoever_holds_the_same_chunks(
     start: Callable[..., Worker], index: Loop, valkey: ValkeyServer
 ) -> None:
     alive = start("alive", held=PROMPT)
     young = alive.writer.epoch + 5  # a life that may still be announcing itself
     plant(valkey, PROMPT, {"dead@7": [12] * 4, "alive@9": [12] * 4, f"young@{young}": [1] * 4}, NS)
-    start("other", held=PROMPT)
+    other = start("other", held=PROMPT, check_seconds=0.05)
+    wait_until(lambda: other.writer.stats.rounds > 0)
     assert {worker for worker, _ in index.holders(PROMPT)} == {"alive", "other", "young"}
     assert ("alive", 9) not in index.holders(PROMPT)
 

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from cacheengine.config import ConfigError
-from cacheengine.redis_url import Address, async_client, client, index_url, parse
+from cacheengine.redis_url import Address, async_client, client, parse, server_of
 
 
 @pytest.mark.parametrize(
@@ -119,14 +119,20 @@ def test_a_client_of_the_master_that_sentinel_names(sentinels: Any):
 
 
 @pytest.mark.e2e
-def test_a_client_of_a_cluster_which_has_no_index(cluster: Any, caplog: pytest.LogCaptureFixture):
+def test_a_client_of_a_cluster(cluster: Any):
     assert works(client(cluster.url, socket_timeout=5.0))
-    with pytest.raises(ConfigError, match="does not work on a Redis Cluster"):
-        async_client(cluster.url)
+    assert works_async(cluster.url)
 
 
-def test_a_cluster_has_no_index_and_says_so_once(caplog: pytest.LogCaptureFixture):
-    assert index_url("redis-cluster://h") == ""
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert index_url("redis-sentinel://h/kv") == "redis-sentinel://h/kv"
-    assert index_url("") == ""
+@pytest.mark.e2e
+def test_every_key_of_a_cluster_has_a_server_of_its_own(cluster: Any):
+    with client(cluster.url, socket_timeout=5.0) as made:
+        servers = {id(server_of(made, f"{{{n}}}")) for n in range(50)}
+        assert len(servers) == 3
+        for n in range(20):
+            assert server_of(made, f"{{{n}}}k").set(f"{{{n}}}k", n, ex=60)  # none says MOVED
+
+
+def test_one_server_has_all_keys(valkey: Any):
+    with client(valkey.url) as made:
+        assert server_of(made, "k") is made
