@@ -32,10 +32,10 @@ class Fleet:
     """What the mock workers are."""
 
     workers: int = 4
-    prefill_rate: float = 8000
+    prefill_rate: float = 16_000
     decode_rate: float = 100
     chunk_tokens: int = 32
-    capacity: int = 1400  # chunks a worker
+    capacity: int = 5600  # chunks a worker
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ ROUTERS = {
     router.name: router
     for router in (
         Router(CAIRN, "predicted_ttft"),
+        Router(CAIRN, "predicted_ttft, patient", ("index_deadline_ms", "20")),
         Router(VLLM, "cache_aware"),
         Router(VLLM, "cache_aware, tight", _TIGHT),
         Router(VLLM, "consistent_hash", headers=_SESSION),
@@ -140,7 +141,8 @@ class RouterLab(Lab):
         port, metrics = free_port(), free_port()
         env = without_ours(os.environ)
         if router.side == CAIRN:
-            flags = {"port": port, "policy": router.policy, "log_level": "warning"}
+            flags = {"port": port, "policy": _bare(router.policy), "log_level": "warning"}
+            flags |= dict(zip(router.flags[::2], router.flags[1::2], strict=True))
             argv: Sequence[str] = (sys.executable, "-m", "gateway.launch.serve", json.dumps(flags))
             env["CAIRN_REDIS_URL"] = redis_url
         else:

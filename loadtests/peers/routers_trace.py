@@ -9,9 +9,11 @@ import random
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 BLOCK = 512  # tokens of the trace's blocks
+TICK_MS = 3000  # of its clock
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,8 @@ def load(path: Path, words: Sequence[str], shrink: int, limit: int | None = None
         raise ValueError(f"{BLOCK} tokens do not divide by {shrink}")
     asks: list[Ask] = []
     said: dict[int, list[str]] = {}
-    start = None
-    for line in path.read_text().splitlines()[:limit]:
-        row = json.loads(line)
-        start = row["timestamp"] if start is None else start
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:limit]]
+    for row, at in zip(rows, arrivals([row["timestamp"] for row in rows]), strict=True):
         blocks = tuple(row["hash_ids"])
         size = BLOCK // shrink
         tokens = min(max(1, row["input_length"] // shrink), size * len(blocks))
@@ -47,7 +47,7 @@ def load(path: Path, words: Sequence[str], shrink: int, limit: int | None = None
         answer = max(1, row["output_length"] // shrink)
         asks.append(
             Ask(
-                at=(row["timestamp"] - start) / 1000,
+                at=at,
                 blocks=blocks,
                 tokens=tokens,
                 answer=answer,
@@ -57,6 +57,16 @@ def load(path: Path, words: Sequence[str], shrink: int, limit: int | None = None
             )
         )
     return asks
+
+
+def arrivals(stamps: Sequence[int]) -> list[float]:
+    """Seconds since the first, from milliseconds in order.  A trace whose clock ticks in whole seconds did not
+    have all requests of a tick at its beginning: they are spread until the next tick, the same way every time."""
+    rng = random.Random(0)
+    ticks = sorted(set(stamps))
+    until = dict(pairwise([*ticks, ticks[-1]]))
+    spread = sorted(at + rng.random() * min(TICK_MS, until[at] - at) for at in stamps)
+    return [(at - spread[0]) / 1000 for at in spread]
 
 
 def body(words: Sequence[str], answer: int) -> bytes:
