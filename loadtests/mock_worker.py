@@ -1,19 +1,19 @@
-"""Workers that compute nothing, at native speed.   python -m loadtests.mock_worker --ports 9001,9002 [--model M]
+"""Workers that compute nothing, at native speed.   python -m loadtests.mock_worker --ports 9001 --folder F
 
 One native process (mock_worker_cpp/) is all the workers; each port is one, with
 
-* OpenAI's /v1/completions and /v1/chat/completions, streamed or not, /v1/models, /health, /version, /tokenize,
-  and /metrics with vLLM's names;
+* OpenAI's /v1/completions and /v1/chat/completions, streamed or not, /v1/models, /health, /version,
+  /tokenize, and /metrics with vLLM's names;
 * a prefix cache: least recently used chunks of a prompt's tokens, `--capacity` of them;
 * one prompt computed at a time, first come first served, at `--prefill-rate` tokens/s for what the cache does
   not hold when its turn comes; then a token every 1/`--decode-rate` seconds, whatever else runs;
 * `usage` with cached_tokens, and counters under /mock/stats.
 
-With a Redis in CAIRN_REDIS_URL each worker also joins Cairn's fleet, as a real one does: lease, heartbeat every
-two seconds, and its chunks in the index, under the keys the gateway computes.
+With a Redis in CAIRN_REDIS_URL each worker also joins Cairn's fleet, as a real one does: lease, heartbeat
+every two seconds, and its chunks in the index, under the keys the gateway computes.
 
-Prompts must be made of words that are one token with the blank before them (vocabulary()): then counting words
-is tokenizing, for every tokenizer.  Other text is served too, but no gateway will know its chunks.
+Prompts must be made of words that are one token with the blank before them (vocabulary()): then looking up
+words is tokenizing.  Other text is served too, but no gateway will know its chunks.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def equip(folder: Path, model: Path) -> None:
-    """What gateway and mock must agree on: a tokenizer without the model's template, words, canned answers."""
+    """What gateway and mock agree on: a tokenizer, a template that adds nothing, words, canned answers."""
     shutil.copy(model / "tokenizer.json", folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -179,9 +179,7 @@ def run(args: argparse.Namespace) -> int:
             listener.close()
         redis_url = os.environ.get("CAIRN_REDIS_URL", "")
         urls = [f"http://127.0.0.1:{port}" for port in args.ports] if redis_url else []
-        members = [
-            Member(redis_url, url, args.folder, scheme, args.model, args.prefill_rate) for url in urls
-        ]
+        members = [Member(redis_url, url, args.folder, scheme, args.model, args.prefill_rate) for url in urls]
         assert mock.stdout is not None
         try:
             follow(mock.stdout, members)
@@ -199,7 +197,7 @@ def ports(text: str) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ports", type=ports, required=True, help="comma-separated; a worker on each")
-    parser.add_argument("--folder", type=Path, required=True, help="where the tokenizer and the words are put")
+    parser.add_argument("--folder", type=Path, required=True, help="where tokenizer and words are put")
     parser.add_argument("--model", default="mock", help="served name")
     parser.add_argument("--prefill-rate", type=float, default=8000, help="tokens/s of one worker")
     parser.add_argument("--decode-rate", type=float, default=100, help="tokens/s of one answer")

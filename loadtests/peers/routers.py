@@ -1,15 +1,18 @@
 """Cairn's gateway against vllm-router 0.1.17 and smg 1.13.0.   python -m loadtests.peers.routers [--quick]
 
-The question: the same workers and the same trace of real conversations; in front of which gateway do users wait
-least for their first token, and what does it cost?
-The ceiling: the hit rate of one cache as large as all workers' together.  The floor of TTFT is what a prompt's
-uncached tokens take.
+The question: the same workers and the same trace of real conversations; in front of which gateway do users
+wait least for their first token, and what does it cost?
+The ceiling: the hit rate of one cache as large as all workers' together.
 
-Workers are native mocks (loadtests/mock_worker.py) that emulate a prefix cache and serial prefill; they and the
-gateway start anew for every run, so every cache and every routing table is empty.  Prompts are text: the peers see
-characters, as in production.  Lengths are divided by --shrink, arrivals scaled so that a router with the ceiling's
-hit rate would keep the workers busy for the named share of the time, and requests are sent when they are due,
-answered or not.  Every gateway has its turn at every place of a round.
+Workers are native mocks (loadtests/mock_worker.py) that emulate a prefix cache and serial prefill; they and
+the gateway start anew for every run, so every cache and every routing table is empty.  Prompts are text: the
+peers see characters, as in production.  Lengths are divided by --shrink, arrivals scaled so that a router with
+the ceiling's hit rate would keep the workers busy for the named share of the time, and requests are sent when
+they are due, answered or not.  Every gateway has its turn at every place of a round.
+
+The sample in the repository is thin (a thirtieth of the traffic): scaled to saturation its users ask again
+before their last prompt is computed.  It is for a first look; the full trace is for figures: see
+loadtests/data/README.md, and --trace FILE --requests N.
 
 Bars: TTFT p50 and p90, Cairn's divided by that of each peer's best policy, run by run, median of the rounds.
 docs/peers.md has the last full run and what the comparison cannot say.
@@ -30,7 +33,17 @@ from rich.table import Table
 from loadtests.engine import sentence_on_failure
 from loadtests.peers.lines import rotated
 from loadtests.peers.routers_client import Client
-from loadtests.peers.routers_lab import CAIRN, ROUTERS, SMG, VLLM, Fleet, RouterLab, Router, counts, cpu_seconds
+from loadtests.peers.routers_lab import (
+    CAIRN,
+    ROUTERS,
+    SMG,
+    VLLM,
+    Fleet,
+    Router,
+    RouterLab,
+    counts,
+    cpu_seconds,
+)
 from loadtests.peers.routers_trace import Ask, load, pooled_hits
 from loadtests.replay_eviction import SAMPLE
 from loadtests.report import Bar, finish
@@ -127,7 +140,16 @@ def table(runs: Runs, plan: Plan) -> Table:
     """Medians of the rounds; below, the smallest and the largest."""
     title = f"{len(plan.asks)} requests a run; one pooled cache would hit {plan.ceiling:.1%}"
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    names = ("TTFT p50 ms", "p90 ms", "p99 ms", "hit rate", "hotspot", "CPU s / 1,000", "errors", "late p99 ms")
+    names = (
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "hit rate",
+        "hotspot",
+        "CPU s / 1,000",
+        "errors",
+        "late p99 ms",
+    )
     for name in ("load", "gateway", *names):
         made.add_column(name, justify="left" if name in ("load", "gateway") else "right")
     for (level, router), held in runs.items():

@@ -1,7 +1,7 @@
 """A trace of real prompts as requests: lengths and arrivals scaled down, block numbers turned into words.
 
-A block of the trace (512 tokens, named by a number) becomes 512 / `shrink` words, the same for the same number
-everywhere; a word is one token (mock_worker.vocabulary), so prompts share as many tokens as in the trace, divided.
+A block of the trace (512 tokens, named by a number) becomes 512 / `shrink` words, the same for the same
+number everywhere; a word is one token (mock_worker.vocabulary), so prompts share what they share in the trace.
 """
 
 import json
@@ -60,8 +60,8 @@ def load(path: Path, words: Sequence[str], shrink: int, limit: int | None = None
 
 
 def arrivals(stamps: Sequence[int]) -> list[float]:
-    """Seconds since the first, from milliseconds in order.  A trace whose clock ticks in whole seconds did not
-    have all requests of a tick at its beginning: they are spread until the next tick, the same way every time."""
+    """Seconds since the first, from milliseconds in order.  Not all requests of a tick came at its beginning:
+    they are spread until the next tick, the same way every time."""
     rng = random.Random(0)
     ticks = sorted(set(stamps))
     until = dict(pairwise([*ticks, ticks[-1]]))
