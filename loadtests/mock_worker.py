@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
         env={name: value for name, value in os.environ.items() if name != CONFIG_FILE_ENV}
     ).root
     program = build(root / "bench")
-    equip(args.folder, prepare(DEFAULT_MODEL, root).path)
+    equip(args.folder, args.tokenizer or prepare(DEFAULT_MODEL, root).path)
     scheme = KeyScheme(namespace_of({"mock": args.model, "chunk": args.chunk_tokens}), args.chunk_tokens)
     listeners = [socket.create_server(("127.0.0.1", port), backlog=1024) for port in args.ports]
     argv = command(program, args.folder, scheme, args)
@@ -198,6 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ports", type=ports, required=True, help="comma-separated; a worker on each")
     parser.add_argument("--folder", type=Path, required=True, help="where tokenizer and words are put")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder with tokenizer.json; default the bundled model's"
+    )
     parser.add_argument("--model", default="mock", help="served name")
     parser.add_argument("--prefill-rate", type=float, default=8000, help="tokens/s of one worker")
     parser.add_argument("--decode-rate", type=float, default=100, help="tokens/s of one answer")

@@ -6,9 +6,9 @@ The ceiling: the hit rate of one cache as large as all workers' together.
 
 Workers are native mocks (loadtests/mock_worker.py) that emulate a prefix cache and serial prefill; they and
 the gateway start anew for every run, so every cache and every routing table is empty.  Prompts are text: the
-peers see characters, as in production.  Lengths are divided by --shrink, arrivals scaled so that a router with
-the ceiling's hit rate would keep the workers busy for the named share of the time, and requests are sent when
-they are due, answered or not.  Every gateway has its turn at every place of a round.
+peers see characters, as in production.  Lengths are divided by --shrink, arrivals scaled so that a router
+with the ceiling's hit rate would keep the workers busy for the named share of the time, and requests are sent
+when they are due, answered or not.  Every gateway has its turn at every place of a round.
 
 The sample in the repository is thin (a thirtieth of the traffic): scaled to saturation its users ask again
 before their last prompt is computed.  It is for a first look; the full trace is for figures: see

@@ -78,6 +78,7 @@ class Client:
         """`headers` is a template of header lines, with {session}."""
         self._port, self._headers = port, headers
         self._idle: list[_Talk] = []
+        self._made: list[_Talk] = []
 
     async def run(self, asks: Sequence[Ask], pace: float, warm: int, seconds: float) -> Outcome:
         """`pace` is trace seconds per second; the first `warm` requests are asked but not counted; what is
@@ -96,12 +97,14 @@ class Client:
             task.cancel()
             outcome.errors.append("not answered")
         await asyncio.gather(*left, return_exceptions=True)
-        for talk in self._idle:
+        for talk in self._made:
             if talk.transport is not None:
-                talk.transport.close()
+                talk.transport.abort()
+        await asyncio.sleep(0)  # the loop closes the sockets
         return outcome
 
     async def _one(self, ask: Ask, due: float, outcome: Outcome, counted: bool) -> None:
+        """A connection that failed is not used again."""
         loop = asyncio.get_running_loop()
         try:
             talk = await self._connected()
@@ -122,6 +125,7 @@ class Client:
             if talk.transport is not None and not talk.transport.is_closing():
                 return talk
         _, talk = await asyncio.get_running_loop().create_connection(_Talk, "127.0.0.1", self._port)
+        self._made.append(talk)
         return talk
 
     def _request(self, ask: Ask) -> bytes:

@@ -1,7 +1,7 @@
 """A trace of real prompts as requests: lengths and arrivals scaled down, block numbers turned into words.
 
 A block of the trace (512 tokens, named by a number) becomes 512 / `shrink` words, the same for the same
-number everywhere; a word is one token (mock_worker.vocabulary), so prompts share what they share in the trace.
+number everywhere; a word is one token (mock_worker.vocabulary), so prompts share what the trace's share.
 """
 
 import json
