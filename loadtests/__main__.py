@@ -43,8 +43,9 @@ def title_of(path: Path) -> str:
 def listing() -> str:
     lines = [f"{bench.name:<10} {bench.title}" for bench in benches()]
     lines.append(f"{'load':<10} {title_of(FOLDER / 'locustfile.py')} (make load)")
-    peer = title_of(FOLDER / "peers" / "lmcache.py")
-    lines.append(f"{'lmcache':<10} {peer} (python -m loadtests.peers.lmcache)")
+    for name in ("lmcache", "routers"):
+        title = title_of(FOLDER / "peers" / f"{name}.py")
+        lines.append(f"{name:<10} {title} (python -m loadtests.peers.{name})")
     return "\n".join(lines)
 
 

@@ -25,14 +25,17 @@ class Ticket:
         """The prompt is computed."""
         self._row.prefilling -= self._tokens
         self._tokens = 0
+        if self._open:
+            self._board._changed(self.worker_id, self._row)
 
     def done(self) -> None:
         """Answered, failed or hung up."""
         if not self._open:
             return
-        self.first_byte()
         self._open = False
+        self.first_byte()
         self._row.inflight -= 1
+        self._board._changed(self.worker_id, self._row)
         self._board._settled(self.worker_id)
 
 
@@ -50,6 +53,7 @@ class LoadBoard:
         self._left.discard(worker_id)
         row.inflight += 1
         row.prefilling += tokens
+        self._changed(worker_id, row)
         return Ticket(self, row, worker_id, tokens)
 
     def inflight(self, worker_id: str) -> int:
@@ -68,12 +72,12 @@ class LoadBoard:
         `reported` includes ours as they were at the heartbeat, so ours are taken off once, when that
         heartbeat is first seen.  Without `note` this is a look, after which it was still not seen.
         """
-        row = self._rows.get(worker_id) or _Row()
-        others = row.others if beat_ms == row.beat_ms else max(0.0, reported - row.prefilling)
+        row, ours = self._rows.get(worker_id) or _Row(), self.prefilling(worker_id)
+        others = row.others if beat_ms == row.beat_ms else max(0.0, reported - ours)
         if note:
             row.beat_ms, row.others = beat_ms, others
             self._rows[worker_id] = row
-        return row.prefilling + others
+        return ours + others
 
     def forget(self, worker_id: str) -> None:
         """The worker left the fleet; its row goes as soon as nothing is open on it."""
@@ -83,6 +87,9 @@ class LoadBoard:
             self._left.discard(worker_id)
         else:
             self._left.add(worker_id)
+
+    def _changed(self, worker_id: str, row: _Row) -> None:
+        """For a board that shows its rows to others."""
 
     def _settled(self, worker_id: str) -> None:
         if worker_id in self._left:

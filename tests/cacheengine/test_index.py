@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -407,6 +408,24 @@ def test_a_frozen_redis_is_index_down_and_heals(valkey: ValkeyServer) -> None:
         # late answers went to nobody: each question gets its own
         assert index.holders(FORK)["w2", 7] == Depths(9)
         assert index.holders(PROMPT)["w1", 7] == Depths(3)
+    finally:
+        index.close()
+
+
+def test_a_loop_that_was_busy_past_the_deadline_still_takes_an_answer_that_came(valkey: ValkeyServer) -> None:
+    index = Loop(valkey.unix_url, deadline_ms=50)
+    plant(valkey, PROMPT, {"w1@7": [3, 0, 0, 0]}, NS)
+
+    async def busy() -> dict[tuple[str, int], Depths]:
+        asked = asyncio.create_task(index.reader.holders(NS, PROMPT))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # the question is on its way
+        time.sleep(0.1)  # somebody holds the loop: Redis answers meanwhile
+        return await asked
+
+    try:
+        assert [index.run(busy())["w1", 7] for _ in range(4)] == [Depths(3)] * 4
+        assert index.reader.up
     finally:
         index.close()
 

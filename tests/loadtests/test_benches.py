@@ -56,7 +56,7 @@ def test_every_bench_is_listed_with_what_it_asks():
     names = {bench.name for bench in benches()}
     assert {"ttft", "overhead", "gather", "index", "tokenize"} <= names
     lines = listing().splitlines()
-    assert len(lines) == len(names) + 2  # and the load test, and the peer
+    assert len(lines) == len(names) + 3  # and the load test, and the two peers
     assert all(len(line) <= 110 and line.partition(" ")[2].strip() for line in lines)
 
 

@@ -2,7 +2,11 @@
 
 import random
 
-from router.load import LoadBoard
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from router.load import LoadBoard, Ticket
 
 
 def test_a_request_counts_until_its_first_byte_and_until_it_is_done() -> None:
@@ -71,3 +75,81 @@ def test_ten_thousand_random_steps_leave_the_books_at_zero() -> None:
     for ticket in live:
         ticket.done()
     assert all(board.inflight(w) == board.prefilling(w) == 0 for w in "abc")
+
+
+class SeveralGateways(RuleBasedStateMachine):
+    """One worker, three gateways that know each other only from its heartbeat.
+
+    What a gateway believes is what it has sent itself, now, and what the others had sent at the heartbeat:
+    nothing twice, nothing for ever.  A heartbeat that is seen late is wrong by no more than what the gateway
+    itself sent or got back in between.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.boards = [LoadBoard() for _ in range(3)]
+        self.open: list[list[tuple[Ticket, list[int]]]] = [[], [], []]
+        self.beat, self.reported, self.at_beat = 0.0, 0, [0, 0, 0]
+        self.seen = [True, True, True]
+        self.slack = [0, 0, 0]
+
+    def sent(self, number: int) -> int:
+        return sum(tokens[0] for _, tokens in self.open[number])
+
+    @rule(number=st.integers(0, 2), tokens=st.integers(0, 9000))
+    def start(self, number: int, tokens: int) -> None:
+        self.open[number].append((self.boards[number].start("w", tokens, 0), [tokens]))
+
+    @rule(number=st.integers(0, 2), at=st.integers(0, 99))
+    def first_byte(self, number: int, at: int) -> None:
+        if held := self.open[number]:
+            ticket, tokens = held[at % len(held)]
+            ticket.first_byte()
+            tokens[0] = 0
+
+    @rule(number=st.integers(0, 2), at=st.integers(0, 99))
+    def done(self, number: int, at: int) -> None:
+        if held := self.open[number]:
+            held.pop(at % len(held))[0].done()
+
+    @rule()
+    def heartbeat(self) -> None:
+        self.beat += 1
+        self.at_beat = [self.sent(number) for number in range(3)]
+        self.reported = sum(self.at_beat)
+        self.seen = [False, False, False]
+
+    @rule(number=st.integers(0, 2))
+    def crash(self, number: int) -> None:
+        """Its connections break, so the worker drops what it sent; a new process knows nothing."""
+        self.open[number] = []
+        self.boards[number] = LoadBoard()
+        self.seen[number] = False
+
+    @rule(number=st.integers(0, 2))
+    def look(self, number: int) -> None:
+        queued = self.boards[number].queued_tokens("w", self.reported, self.beat)
+        if not self.seen[number]:
+            self.seen[number] = True
+            self.slack[number] = abs(self.sent(number) - self.at_beat[number])
+        others = self.reported - self.at_beat[number]
+        assert abs(queued - (self.sent(number) + others)) <= self.slack[number]
+
+    @invariant()
+    def the_books_are_right(self) -> None:
+        for number, board in enumerate(self.boards):
+            board.check()
+            assert (board.inflight("w"), board.prefilling("w")) == (
+                len(self.open[number]),
+                self.sent(number),
+            )
+
+    def teardown(self) -> None:
+        for number, board in enumerate(self.boards):
+            for ticket, _ in self.open[number]:
+                ticket.done()
+            assert board.queued_tokens("w", reported=0, beat_ms=self.beat + 1) == 0
+
+
+TestSeveralGateways = SeveralGateways.TestCase
+TestSeveralGateways.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
