@@ -1,5 +1,6 @@
 """Requests over virtual time: from a trace, or made up, at the pace that loads a fleet so far."""
 
+import heapq
 import itertools
 import json
 import math
@@ -10,7 +11,10 @@ from pathlib import Path
 
 from cacheengine.keys import ChunkKey, digest
 from loadtests import fleet_sim
-from loadtests.fleet_sim import CHUNK_TOKENS, Request
+from loadtests.fleet_sim import CHUNK_TOKENS, Clock, Request
+
+
+THINK_SECONDS = 1.0
 
 
 def load(path: Path) -> list[Request]:
@@ -60,3 +64,45 @@ def paced(requests: Sequence[Request], workers: int, load: float, uncached: int)
     start, span = requests[0].at, requests[-1].at - requests[0].at
     scale = seconds / span if span else 0.0
     return [replace(request, at=(request.at - start) * scale) for request in requests]
+
+
+class Arrivals:
+    """Requests in order of arrival; one that continues another's prompt waits until that one was answered,
+    and `THINK_SECONDS` more: a trace squeezed in time must not ask about answers nobody had yet."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._due = [(request.at, i) for i, request in enumerate(requests)]
+        self._requests = requests
+        self._waits: dict[int, int] = {}
+        ends: dict[ChunkKey, int] = {}  # last full chunk of a prompt → the latest that ends with it
+        for i, request in enumerate(requests):
+            earlier = next((ends[key] for key in reversed(request.prompt[1:]) if key in ends), None)
+            if earlier is not None:
+                self._waits[i] = earlier
+            if len(request.prompt) > 2:
+                ends[request.prompt[-2]] = i
+        self._answered: dict[int, float] = {}
+        self._numbers = {id(request): i for i, request in enumerate(requests)}
+        self._blocked: dict[int, list[int]] = {}
+        heapq.heapify(self._due)
+
+    def next(self, clock: Clock) -> Request | None:
+        """Advance the clock to the next arrival; None: everybody has come."""
+        while self._due or self._blocked:
+            if self._due and self._due[0][0] <= clock.next_due():
+                at, i = heapq.heappop(self._due)
+                earlier = self._waits.get(i)
+                if earlier is not None and earlier not in self._answered:
+                    self._blocked.setdefault(earlier, []).append(i)
+                    continue
+                clock.advance(at)
+                self._requests[i].at = at
+                return self._requests[i]
+            clock.step()
+        return None
+
+    def answered(self, request: Request, now: float) -> None:
+        number = self._numbers[id(request)]
+        self._answered[number] = now
+        for i in self._blocked.pop(number, ()):
+            heapq.heappush(self._due, (max(now + THINK_SECONDS, self._requests[i].at), i))

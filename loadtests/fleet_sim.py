@@ -15,6 +15,7 @@ worker has in common with a real one:
 
 import heapq
 import itertools
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,11 +54,19 @@ class Clock:
     def at(self, moment: float, call: Callable[[], None]) -> None:
         heapq.heappush(self._due, (moment, next(self._order), call))
 
+    def next_due(self) -> float:
+        """When the next callback runs; infinity: none is left."""
+        return self._due[0][0] if self._due else math.inf
+
+    def step(self) -> None:
+        """Run the next callback."""
+        self.now, _, call = heapq.heappop(self._due)
+        call()
+
     def advance(self, moment: float) -> None:
         """Run everything due until then."""
         while self._due and self._due[0][0] <= moment:
-            self.now, _, call = heapq.heappop(self._due)
-            call()
+            self.step()
         self.now = moment
 
 
@@ -195,6 +204,7 @@ class SimWorker:
     computing: Request | None = None
     running: int = 0
     loader_free: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_LOADED, 0.0))
+    busy: float = 0.0  # seconds spent computing
     queued: int = 0  # tokens not computed, as vLLM counts them: of a waiting prompt, all
 
     def arrive(self, request: Request) -> None:
@@ -257,6 +267,7 @@ class SimWorker:
         assert request is not None
         piece = min(PIECE_TOKENS, request.left)
         seconds = piece / PREFILL_RATE * (1 + INTERFERENCE * self.running)
+        self.busy += seconds
         self.clock.at(self.clock.now + seconds, lambda: self._computed(request, piece))
 
     def _computed(self, request: Request, piece: int) -> None:

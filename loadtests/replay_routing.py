@@ -38,9 +38,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from cacheengine.index import Entry, IndexReader, IndexWriter, Lease, WorkerInfo
-from cacheengine.keys import KeyScheme, namespace_of, probe_keys
+from cacheengine.index import Depths, Entry, IndexReader, IndexWriter, Lease, WorkerInfo
+from cacheengine.keys import ChunkKey, KeyScheme, namespace_of, probe_keys
 from loadtests import arrivals, fleet_sim
+from loadtests.arrivals import Arrivals
 from loadtests.fleet_sim import CHUNK_TOKENS, Capacity, Clock, Request, SimWorker
 from loadtests.micro.bench_index import own_server
 from loadtests.report import Bar, finish
@@ -73,6 +74,9 @@ class Outcome(NamedTuple):
     hits: float
     unbounded: float
     precise: float
+    busy: float
+    gone: float
+    passed: float
     hotspot: float
     p50: float
     p90: float
@@ -126,6 +130,45 @@ class Scribe:
         self._client.close()
 
 
+class Twin:
+    """The index in this process: writer and reader of the same facts, without a server."""
+
+    def __init__(self, clock: Clock, workers: int) -> None:
+        self._clock, self._news = clock, deque[tuple[float, int, Sequence[Entry]]]()
+        self._held = [dict[bytes, int]() for _ in range(workers)]
+        self._names = [(info(n).worker_id, 1) for n in range(workers)]
+
+    def publish(self, worker: int, entries: Sequence[Entry]) -> None:
+        self._news.append((self._clock.now + fleet_sim.INDEX_SECONDS, worker, entries))
+
+    def write(self) -> None:
+        while self._news and self._news[0][0] <= self._clock.now:
+            _, worker, entries = self._news.popleft()
+            held = self._held[worker]
+            for entry in entries:
+                if entry.bits:
+                    held[entry.key] = entry.bits
+                else:
+                    held.pop(entry.key, None)
+
+    async def holders(self, namespace: bytes, keys: Sequence[ChunkKey]) -> dict[tuple[str, int], Depths]:
+        found = {}
+        for name, held in zip(self._names, self._held, strict=True):
+            if keys and keys[0] in held:
+                lo, hi = 1, len(keys) if len(keys) == 1 or keys[1] in held else 1
+                while lo < hi:
+                    mid = (lo + hi + 1) // 2
+                    lo, hi = (mid, hi) if keys[mid - 1] in held else (lo, mid - 1)
+                bits = [held[key] for key in keys[:lo]]
+                found[name] = Depths(
+                    *(max((i for i, b in enumerate(bits, 1) if b & bit), default=0) for bit in (1, 2, 4, 8))
+                )
+        return found
+
+    def close(self) -> None:
+        pass
+
+
 class Beats:
     """What the leases say, as a Registry asks for it."""
 
@@ -148,7 +191,8 @@ class Gateway:
     """What one gateway process has: everything but its HTTP."""
 
     def __init__(self, clock: Clock, beats: Beats, reader: IndexReader, policy: str, phase: float) -> None:
-        self._clock, self._beats, self._refresh_at = clock, beats, phase
+        self._clock, self._beats, self._refresh_at = clock, beats, 0.0
+        self._phase = phase
         self._http = httpx.AsyncClient(transport=httpx.MockTransport(lambda _: httpx.Response(200)))
         self._registry = Registry(self._http, beats, clock=clock)  # type: ignore[arg-type]
         self.board = LoadBoard()
@@ -158,7 +202,8 @@ class Gateway:
         """Place it and hand it over; returns the worker's number."""
         if self._clock.now >= self._refresh_at:
             await self._registry.refresh()
-            self._refresh_at = self._clock.now + REGISTRY_SECONDS
+            turns = (self._clock.now - self._phase) // REGISTRY_SECONDS + 1
+            self._refresh_at = self._phase + turns * REGISTRY_SECONDS
         best = (await self.router.place("m", request.prompt, request.tokens))[0]
         ticket = self.board.start(best.worker.id, request.tokens, best.expected_hit_tokens)
         request.on_first = lambda _: ticket.first_byte()
@@ -184,33 +229,46 @@ class Bench:
         capacity = Capacity.of(self._slots, case.workers)
         best = fleet_sim.oracle(self._trace, capacity.total(case.workers))
         requests = arrivals.paced(self._trace, case.workers, case.load, self._tokens - best)
-        with redis.Redis.from_url(self._url) as client:
-            client.flushall()
-        reader = IndexReader(self._url, deadline_ms=5000)
-        if not await reader.open():
-            raise SystemExit(f"no Redis or Valkey answers at {self._url}")
         clock = Clock()
-        scribe = Scribe(self._url, clock, case.workers)
+        if self._url:
+            with redis.Redis.from_url(self._url) as client:
+                client.flushall()
+            reader = IndexReader(self._url, deadline_ms=5000)
+            if not await reader.open():
+                raise SystemExit(f"no Redis or Valkey answers at {self._url}")
+            scribe = Scribe(self._url, clock, case.workers)
+        else:
+            scribe = reader = Twin(clock, case.workers)
         workers = fleet_sim.fleet(clock, case.workers, capacity, scribe)
         beats = Beats(clock, workers)
         phases = [i / case.gateways * REGISTRY_SECONDS for i in range(case.gateways)]
-        gateways = [Gateway(clock, beats, reader, case.policy, phase) for phase in [0.0, *phases[1:]]]
+        gateways = [Gateway(clock, beats, reader, case.policy, phase) for phase in phases]
         chance = random.Random(SEED)
-        sent, mattered, precise = Counter[int](), 0, 0
-        for request in requests:
-            clock.advance(request.at)
+        sent, mattered, precise, held, passed = Counter[int](), 0, 0, 0, 0
+        arriving = Arrivals(requests)
+        while (request := arriving.next(clock)) is not None:
             scribe.write()
-            chosen = await chance.choice(gateways).send(request, workers)
+            gateway = chance.choice(gateways)
+            chosen = await gateway.send(request, workers)
+            done = request.on_done
+            request.on_done = lambda request, done=done: (done(request), arriving.answered(request, clock.now))
             sent[chosen] += 1
             depths = [worker.tiers.depth(request.prompt) for worker in workers]
             if max(depths) > min(depths):
                 mattered += 1
                 precise += depths[chosen] == max(depths)
+            shared = workers[0].shared
+            mine = min(shared.depth(request.prompt, depths[chosen]) * CHUNK_TOKENS, request.tokens)
+            anybody = min(max(shared.depth(request.prompt, d) for d in {max(depths), depths[chosen]}) * CHUNK_TOKENS, request.tokens)
+            held += anybody
+            passed += anybody - mine
             workers[chosen].arrive(request)
+        span = clock.now
         while any(request.ttft == 0 for request in requests):
             clock.advance(clock.now + 60)
         scribe.close()
-        await reader.close()
+        if self._url:
+            await reader.close()
         for gateway in gateways:
             await gateway.close()
         found = sum(request.hit for request in requests)
@@ -219,6 +277,9 @@ class Bench:
             hits=found / best if best else 1.0,
             unbounded=found / self._unbounded if self._unbounded else 1.0,
             precise=precise / mattered if mattered else 1.0,
+            busy=sum(worker.busy for worker in workers) / span / case.workers,
+            gone=1 - held / best,
+            passed=passed / best,
             hotspot=case.workers * max(sent.values()) / len(requests),
             p50=cuts[49],
             p90=cuts[89],
@@ -236,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--loads", default="0.3,0.6,0.9")
     parser.add_argument("--share", type=float, default=0.6)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--twin", action="store_true")
     parser.add_argument("--one", type=int, default=0)
     args = parser.parse_args(arguments)
     if args.one:
@@ -243,10 +305,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         trace = arrivals.load(args.trace)
     if args.first:
-        trace = trace[: args.first]
-    with own_server() as url:
+        trace = trace[: args.first] if args.first > 1 else trace
+    with contextlib.nullcontext("") if args.twin else own_server() as url:
         bench = Bench(url, trace, args.share)
-        print("%-14s %4s %3s %5s  hits  unbnd precise hotspot p50 p90 p99 secs" % ("policy", "W", "G", "load"))
+        print("%-14s %4s %3s %5s  hits  unbnd precise busy gone passed hotspot p50 p90 p99 secs" % ("policy", "W", "G", "load"))
         for w in map(int, args.workers.split(",")):
             for load in map(float, args.loads.split(",")):
                 for g in map(int, args.gateways.split(",")):

@@ -5,7 +5,7 @@ replays from its log line.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 KAPPA = 0.005  # seconds one running request delays a first token
@@ -42,6 +42,9 @@ class Candidate:
     hit: Hit = NO_HIT
     token_bytes: float = 0
     bandwidth: Mapping[str, float] = field(default_factory=dict)  # bytes/s by tier, where measured
+
+
+_FIELDS = tuple(each.name for each in fields(Candidate))
 
 
 class Choice(NamedTuple):
@@ -133,7 +136,11 @@ def replay(decision: Mapping[str, Any]) -> list[str]:
 
 def as_log(candidate: Candidate) -> dict[str, Any]:
     """What replay() needs, in plain types."""
-    return {**asdict(candidate), "hit": list(candidate.hit)}
+    return {
+        **{name: getattr(candidate, name) for name in _FIELDS},
+        "hit": list(candidate.hit),
+        "bandwidth": dict(candidate.bandwidth),
+    }
 
 
 def _costs(prompt: int, candidates: Sequence[Candidate]) -> list[Choice]:
