@@ -19,15 +19,15 @@ THINK_SECONDS = 1.0
 
 def load(path: Path) -> list[Request]:
     """A trace (jsonl as in loadtests/data/README.md) in order of arrival.  Requests of one timestamp are
-    spread evenly up to the next: traces are cut to whole seconds, users are not.  Raises ValueError."""
+    spread evenly up to the next: traces are cut to whole seconds, users are not.  A session is what has the
+    first two chunks in common.  Raises ValueError."""
     requests: list[Request] = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             row = json.loads(line)
             prompt = [ChunkKey(digest(str(int(block)).encode())) for block in row["hash_ids"]]
-            requests.append(
-                Request(row["timestamp"] / 1000, prompt, int(row["input_length"]), int(row["output_length"]))
-            )
+            tokens = int(row["input_length"]), int(row["output_length"])
+            requests.append(Request(row["timestamp"] / 1000, prompt, *tokens, session=b"".join(prompt[:2])))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path.name}, line {number}: no request: {error!r}") from error
     requests.sort(key=lambda request: request.at)
@@ -49,7 +49,7 @@ def one_system_prompt(users: int, turns: int = 3, seed: int = 0) -> list[Request
             said = range(len(own), len(own) + chance.randint(1, 4))
             own = [*own, *(ChunkKey(digest(f"user {user} {i}".encode())) for i in said)]
             tokens = CHUNK_TOKENS * len(system + own) - chance.randrange(CHUNK_TOKENS)
-            requests.append(Request(at + turn * users / 20, [*system, *own], tokens, chance.randint(50, 500)))
+            requests.append(Request(at + turn * users / 20, [*system, *own], tokens, chance.randint(50, 500), b"%d" % user))
     return sorted(requests, key=lambda request: request.at)
 
 

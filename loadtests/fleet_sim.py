@@ -174,6 +174,7 @@ class Request:
     prompt: Prompt
     tokens: int
     output: int
+    session: bytes = b""  # the client's name for the conversation
     on_first: Callable[["Request"], None] = lambda request: None
     on_done: Callable[["Request"], None] = lambda request: None
     hit: int = 0  # tokens found, in any tier
@@ -205,11 +206,12 @@ class SimWorker:
     running: int = 0
     loader_free: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_LOADED, 0.0))
     busy: float = 0.0  # seconds spent computing
-    queued: int = 0  # tokens not computed, as vLLM counts them: of a waiting prompt, all
+    queued: int = 0  # tokens not computed; of a prompt that waits, without what the tiers held when it came
 
     def arrive(self, request: Request) -> None:
-        request.left = request.tokens
-        self.queued += request.tokens
+        local = min(self.tiers.depth(request.prompt) * CHUNK_TOKENS, request.tokens)
+        request.left = request.tokens - local
+        self.queued += request.left
         self.waiting.append(request)
         self._pump()
 
@@ -241,8 +243,9 @@ class SimWorker:
         local = self.tiers.depth(request.prompt)
         depth = self.shared.depth(request.prompt, local)
         request.hit = min(depth * CHUNK_TOKENS, request.tokens)
+        self.queued -= request.left
         request.left = max(1, request.tokens - request.hit)
-        self.queued += request.left - request.tokens
+        self.queued += request.left
         _, host, disk = self.tiers.by_tier(request.prompt[:local])
         ready = now = self.clock.now
         for tier, chunks in zip(_LOADED, (host, disk, depth - local), strict=True):

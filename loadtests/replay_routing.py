@@ -204,7 +204,7 @@ class Gateway:
             await self._registry.refresh()
             turns = (self._clock.now - self._phase) // REGISTRY_SECONDS + 1
             self._refresh_at = self._phase + turns * REGISTRY_SECONDS
-        best = (await self.router.place("m", request.prompt, request.tokens))[0]
+        best = (await self.router.place("m", request.prompt, request.tokens, session=request.session))[0]
         ticket = self.board.start(best.worker.id, request.tokens, best.expected_hit_tokens)
         request.on_first = lambda _: ticket.first_byte()
         request.on_done = lambda _: ticket.done()

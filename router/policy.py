@@ -7,12 +7,16 @@ replays from its log line.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
+from zlib import crc32
 
 KAPPA = 0.005  # seconds one running request delays a first token
 DEFAULT_RATE = 1000.0  # tokens/s of a fleet nobody has measured; alike for all, so it decides nothing
 DEFAULT_BANDWIDTH = {"host": 2e9, "disk": 5e8, "shared": 3e8}  # bytes/s until the worker measured its own
 SLOWEST = 1.0  # tokens/s or bytes/s; anything below is a broken clock and counts as not measured
 SAME = 1.05  # costs within 5 % are equal
+AGAIN = 2.0  # what a second spent computing costs those who come after, in seconds
+TIGHT = (1.25, 2.0)  # load bound, times the mean and requests above it: where the order knows no queues
+LOOSE = (2.0, 4.0)  # ... and where queues are in the price, and the bound is for what the price got wrong
 TIERS = ("device", "host", "disk", "shared")
 
 
@@ -58,27 +62,47 @@ class Choice(NamedTuple):
     def seconds(self) -> float:
         return sum(self.terms.values())
 
+    @property
+    def price(self) -> float:
+        """Seconds this prompt waits, and what those behind it wait longer because it is computed here.  A
+        prefix computed where nobody held it takes the time of everybody who comes next."""
+        return self.seconds + AGAIN * self.terms["compute"]
+
 
 # prompt tokens, candidates, running number of the decision → best first, nobody left out
 Policy = Callable[[int, Sequence[Candidate], int], list[Choice]]
 
 
 def predicted_ttft(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
-    """Fewest predicted seconds to the first token; among equals the less loaded, then ring order."""
+    """Fewest predicted seconds to the first token, computing counted more than once (`Choice.price`); among
+    equals the less loaded, then ring order."""
     choices = _costs(prompt, candidates)
-    within, over = _bounded(choices)
-    return _by_seconds(within) + _by_seconds(over)
+    within, over = _bounded(choices, LOOSE)
+    return _by_price(within) + _by_price(over)
 
 
 def prefix_ring(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
     """Ring order with bounded load: the same prefix meets the same worker, with no index at all."""
-    within, over = _bounded(_costs(prompt, candidates))
+    within, over = _bounded(_costs(prompt, candidates), TIGHT)
     return [*sorted(within, key=_ring), *sorted(over, key=_ring)]
+
+
+def session(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
+    """The same session meets the same worker, under the same bound: the ring order given is the session's
+    (`Router.place`), or the prompt's where the request names none."""
+    return prefix_ring(prompt, candidates, turn)
 
 
 def least_loaded(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
     """Fewest open requests, then fewest queued tokens.  Blind to the cache."""
     return sorted(_costs(prompt, candidates), key=_load)
+
+
+def power_of_two(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
+    """The less loaded of two, drawn anew for every decision: nearly as even as asking all, and old news does
+    not send everybody to one worker.  Blind to the cache."""
+    drawn = sorted(_costs(prompt, candidates), key=lambda choice: _draw(choice, turn))
+    return sorted(drawn[:2], key=_load) + drawn[2:]
 
 
 def round_robin(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
@@ -91,10 +115,12 @@ def round_robin(prompt: int, candidates: Sequence[Candidate], turn: int) -> list
 POLICIES: dict[str, Policy] = {
     "predicted_ttft": predicted_ttft,
     "prefix_ring": prefix_ring,
+    "session": session,
     "least_loaded": least_loaded,
+    "power_of_two": power_of_two,
     "round_robin": round_robin,
 }
-CACHE_BLIND = frozenset({"least_loaded", "round_robin"})
+CACHE_BLIND = frozenset({"session", "least_loaded", "power_of_two", "round_robin"})
 
 
 def cost(prompt: int, candidate: Candidate, rate: float) -> Choice:
@@ -149,22 +175,31 @@ def _costs(prompt: int, candidates: Sequence[Candidate]) -> list[Choice]:
     return [cost(prompt, c, c.prefill_rate if c.prefill_rate >= SLOWEST else usual) for c in candidates]
 
 
-def _bounded(choices: Sequence[Choice]) -> tuple[list[Choice], list[Choice]]:
-    """Bounded load: nobody gets more than 1.25 times the mean and two, however much it holds."""
+def _bounded(
+    choices: Sequence[Choice], bound: tuple[float, float]
+) -> tuple[list[Choice], list[Choice]]:
+    """Bounded load: who has more open requests than the bound goes behind everybody else, however much it
+    holds."""
     if not choices:
         return [], []
-    cap = 1.25 * sum(c.candidate.inflight for c in choices) / len(choices) + 2
+    times, more = bound
+    cap = times * sum(c.candidate.inflight for c in choices) / len(choices) + more
     within = [c for c in choices if c.candidate.inflight <= cap]
     return within, [c for c in choices if c.candidate.inflight > cap]
 
 
-def _by_seconds(choices: Sequence[Choice]) -> list[Choice]:
+def _by_price(choices: Sequence[Choice]) -> list[Choice]:
     if not choices:
         return []
-    limit = SAME * min(choice.seconds for choice in choices)
-    equal = [choice for choice in choices if choice.seconds <= limit]
-    rest = [choice for choice in choices if choice.seconds > limit]
-    return sorted(equal, key=_load) + sorted(rest, key=lambda choice: (choice.seconds, choice.candidate.ring))
+    limit = SAME * min(choice.price for choice in choices)
+    equal = [choice for choice in choices if choice.price <= limit]
+    rest = [choice for choice in choices if choice.price > limit]
+    return sorted(equal, key=_load) + sorted(rest, key=lambda choice: (choice.price, choice.candidate.ring))
+
+
+def _draw(choice: Choice, turn: int) -> tuple[int, str]:
+    worker = choice.candidate.worker
+    return crc32(f"{turn} {worker}".encode()), worker
 
 
 def _load(choice: Choice) -> tuple[float, float, int]:

@@ -9,10 +9,12 @@ from typing import Any
 from cacheengine.errors import IndexDown
 from cacheengine.index import NOTHING, Depths, IndexReader
 from cacheengine.keys import ChunkKey, digest
+from router.hearsay import Hearsay
 from router.load import LoadBoard
 from router.pending import PendingPrefixes
 from router.placement import NoWorker, Placement
 from router.policy import CACHE_BLIND, NO_HIT, POLICIES, Candidate, Choice, Hit, as_log
+from router.popular import Forks
 from router.registry import Registry
 from router.ring import Ring
 from router.worker import Worker
@@ -44,7 +46,7 @@ class Router:
         POLICIES[policy]
         self.registry, self.board, self.policy = registry, board, policy
         self._index, self._clock, self._on_decision = index, clock, on_decision
-        self._pending = PendingPrefixes(clock)
+        self._pending, self._forks, self._hearsay = PendingPrefixes(clock), Forks(clock), Hearsay(clock)
         self._rings: dict[tuple[str, ...], Ring] = {}
         self._turn = 0
         self.decisions: deque[dict[str, Any]] = deque(maxlen=DECISIONS)
@@ -56,9 +58,11 @@ class Router:
         prompt_tokens: int,
         exclude: Collection[str] = (),
         affinity: bytes = b"",
+        session: bytes = b"",
     ) -> list[Placement]:
         """Workers to try, best first.  `keys` are made with registry.scheme(model); `affinity` (say, the raw
-        prompt's first bytes) steers the ring when there are none.  Raises NoWorker."""
+        prompt's first bytes) steers the ring when there are none.  `session` is the caller's own name for the
+        conversation, if it gave one.  Raises NoWorker."""
         started = self._clock()
         holders, index = await self._holders(model, keys)
         lookup = self._clock() - started
@@ -66,7 +70,7 @@ class Router:
         workers = {w.id: w for w in self.registry.workers_for(model) if w.id not in exclude}
         if not workers:
             raise NoWorker(f"no worker serves {model!r} now")
-        ring_key = keys[0] if keys else digest(affinity)
+        ring_key = self._ring_key(keys, affinity, session)
         candidates = self._candidates(workers, holders, keys, prompt_tokens, ring_key)
         ran = self.policy
         if self.policy not in CACHE_BLIND and index == "down":
@@ -74,9 +78,17 @@ class Router:
         order = POLICIES[ran](prompt_tokens, candidates, self._turn)
         placements = [self._placement(workers[c.candidate.worker], c, ran, index, keys) for c in order]
         self._pending.sent(keys, placements[0].worker.id)
+        self._forks.passed(keys)
         self._note(model, prompt_tokens, len(keys), ran, index, lookup, candidates, placements)
         self._turn += 1
         return placements
+
+    def _ring_key(self, keys: Sequence[ChunkKey], affinity: bytes, session: bytes) -> bytes:
+        """A session keeps its place where that is the policy.  Elsewhere the prompt says more: a session's
+        name is a guess about it, and steers the ring only when there are no keys."""
+        if session and (self.policy == "session" or not keys):
+            return digest(session)
+        return self._forks.own(keys) if keys else digest(affinity)
 
     async def _holders(self, model: str, keys: Sequence[ChunkKey]) -> tuple[Holders, str]:
         """Who holds what, and whether the index was "up", "down" or "unused"."""
@@ -103,6 +115,7 @@ class Router:
         sent_to, sent = self._pending.find(keys)
         rank = {worker_id: i for i, worker_id in enumerate(self._ring(workers).order(ring_key))}
         candidates = []
+        others = self._others(workers)
         for worker in workers.values():
             hit, pending = NO_HIT, 0
             if scheme is not None and worker.scheme == scheme:
@@ -120,7 +133,7 @@ class Router:
                     ring=rank[worker.id],
                     inflight=self.board.inflight(worker.id),
                     running=load.running,
-                    queued_tokens=self.board.queued_tokens(worker.id, load.queued_tokens, load.beat_ms),
+                    queued_tokens=self.board.prefilling(worker.id) + others[worker.id],
                     pending_tokens=pending,
                     prefill_rate=load.prefill_rate,
                     hit=hit,
@@ -129,6 +142,15 @@ class Router:
                 )
             )
         return candidates
+
+    def _others(self, workers: Mapping[str, Worker]) -> Mapping[str, float]:
+        """Tokens that other gateways have queued on each worker."""
+        heard = {
+            w.id: self.board.queued_tokens(w.id, w.load.queued_tokens, w.load.beat_ms)
+            - self.board.prefilling(w.id)
+            for w in workers.values()
+        }
+        return self._hearsay.faded(heard, {w.id: w.load.beat_ms for w in workers.values()})
 
     def _ring(self, workers: Mapping[str, Worker]) -> Ring:
         members = tuple(sorted(workers))

@@ -1,0 +1,32 @@
+"""How far an old heartbeat is believed about what other gateways sent.
+
+What this gateway sent it knows to the request; what others sent it hears every two seconds.  Taken at its word
+until the next beat, the worker that looked idle is everybody's next choice.  So what is heard fades into the
+fleet's mean: in total it stays true, since work that is done is followed by work that arrives, but who has it
+is soon unknown.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+FADE_SECONDS = 1.0
+
+
+class Hearsay:
+    """REQUIRES: used from one event loop."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._heard: dict[str, tuple[float, float]] = {}  # worker → its latest beat, and when we saw it first
+
+    def faded(self, others: Mapping[str, float], beats: Mapping[str, float]) -> dict[str, float]:
+        """Tokens others have queued on each worker, as of now.  `others` is what the latest beat said,
+        `beats` tells beats apart."""
+        now = self._clock()
+        held = {worker: self._heard.get(worker, (-1.0, now)) for worker in others}
+        self._heard = {w: (beats[w], at if beat == beats[w] else now) for w, (beat, at) in held.items()}
+        mean = sum(others.values()) / len(others) if others else 0.0
+        return {
+            worker: mean + (tokens - mean) * math.exp((self._heard[worker][1] - now) / FADE_SECONDS)
+            for worker, tokens in others.items()
+        }
