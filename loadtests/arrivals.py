@@ -5,14 +5,13 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from cacheengine.keys import ChunkKey, digest
 from loadtests import fleet_sim
 from loadtests.fleet_sim import CHUNK_TOKENS, Clock, Request
-
 
 THINK_SECONDS = 1.0
 
@@ -49,7 +48,11 @@ def one_system_prompt(users: int, turns: int = 3, seed: int = 0) -> list[Request
             said = range(len(own), len(own) + chance.randint(1, 4))
             own = [*own, *(ChunkKey(digest(f"user {user} {i}".encode())) for i in said)]
             tokens = CHUNK_TOKENS * len(system + own) - chance.randrange(CHUNK_TOKENS)
-            requests.append(Request(at + turn * users / 20, [*system, *own], tokens, chance.randint(50, 500), b"%d" % user))
+            requests.append(
+                Request(
+                    at + turn * users / 20, [*system, *own], tokens, chance.randint(50, 500), b"%d" % user
+                )
+            )
     return sorted(requests, key=lambda request: request.at)
 
 
@@ -71,38 +74,50 @@ class Arrivals:
     and `THINK_SECONDS` more: a trace squeezed in time must not ask about answers nobody had yet."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        self._due = [(request.at, i) for i, request in enumerate(requests)]
         self._requests = requests
-        self._waits: dict[int, int] = {}
-        ends: dict[ChunkKey, int] = {}  # last full chunk of a prompt → the latest that ends with it
+        self._due = [(request.at, i) for i, request in enumerate(requests)]
+        self._continues: dict[int, int] = {}
+        self._waiting: dict[int, list[int]] = {}  # for the answer to that one
+        self._answered: set[int] = set()
+        self._latest = -1
+        ends: dict[tuple[bytes, ChunkKey], int] = {}  # session, last full chunk → its latest prompt
+
+        def named(request: Request) -> Iterator[tuple[bytes, ChunkKey]]:
+            return ((request.session, key) for key in reversed(request.prompt))
+
         for i, request in enumerate(requests):
-            earlier = next((ends[key] for key in reversed(request.prompt[1:]) if key in ends), None)
+            earlier = next((ends[name] for name in named(request) if name in ends), None)
             if earlier is not None:
-                self._waits[i] = earlier
+                self._continues[i] = earlier
             if len(request.prompt) > 2:
-                ends[request.prompt[-2]] = i
-        self._answered: dict[int, float] = {}
-        self._numbers = {id(request): i for i, request in enumerate(requests)}
-        self._blocked: dict[int, list[int]] = {}
+                ends[request.session, request.prompt[-2]] = i
         heapq.heapify(self._due)
 
     def next(self, clock: Clock) -> Request | None:
         """Advance the clock to the next arrival; None: everybody has come."""
-        while self._due or self._blocked:
-            if self._due and self._due[0][0] <= clock.next_due():
-                at, i = heapq.heappop(self._due)
-                earlier = self._waits.get(i)
-                if earlier is not None and earlier not in self._answered:
-                    self._blocked.setdefault(earlier, []).append(i)
-                    continue
-                clock.advance(at)
-                self._requests[i].at = at
-                return self._requests[i]
-            clock.step()
+        while self._due or self._waiting:
+            if not self._due or self._due[0][0] > clock.next_due():
+                clock.step()
+                continue
+            at, i = heapq.heappop(self._due)
+            earlier = self._continues.get(i, -1)
+            if earlier >= 0 and earlier not in self._answered:
+                self._waiting.setdefault(earlier, []).append(i)
+                continue
+            clock.advance(at)
+            self._latest, request = i, self._requests[i]
+            request.at = at
+            return request
         return None
 
-    def answered(self, request: Request, now: float) -> None:
-        number = self._numbers[id(request)]
-        self._answered[number] = now
-        for i in self._blocked.pop(number, ()):
-            heapq.heappush(self._due, (max(now + THINK_SECONDS, self._requests[i].at), i))
+    def watch(self, request: Request, clock: Clock) -> None:
+        """The request last returned is on its way: who waits for its answer hears when it is done."""
+        number, told = self._latest, request.on_done
+
+        def done(request: Request) -> None:
+            told(request)
+            self._answered.add(number)
+            for i in self._waiting.pop(number, ()):
+                heapq.heappush(self._due, (max(clock.now + THINK_SECONDS, self._requests[i].at), i))
+
+        request.on_done = done

@@ -7,9 +7,10 @@ worker has in common with a real one:
   its longest prefix in the worker's own tiers, then in the shared one; what is not on the device is loaded at
   the tier's bandwidth, one load per tier at a time, while other prompts are computed.
 * The rest of the prompt is computed in pieces, one prompt at a time; every sequence being decoded makes a
-  piece `INTERFERENCE` longer.  The end of the last piece is the first token.  Then it decodes at a steady pace.
-* A worker's tiers are one LRU cut in three by recency: what no longer fits the device lies on the host, then on
-  disk, then nowhere.  The shared tier is one LRU of the fleet, written with every prompt computed.
+  piece `INTERFERENCE` longer.  The end of the last piece is the first
+  token.  Then it decodes at a steady pace.
+* A worker's tiers are one LRU cut in three by recency: what no longer fits the device lies on the host, then
+  on disk, then nowhere.  The shared tier is one LRU of the fleet, written with every prompt computed.
   Uses count from the end of a prompt, so what is held is prefix-closed.
 """
 

@@ -1,15 +1,16 @@
 """How far an old heartbeat is believed about what other gateways sent.
 
-What this gateway sent it knows to the request; what others sent it hears every two seconds.  Taken at its word
-until the next beat, the worker that looked idle is everybody's next choice.  So what is heard fades into the
-fleet's mean: in total it stays true, since work that is done is followed by work that arrives, but who has it
-is soon unknown.
+What this gateway sent it knows to the request; what others sent it hears every two seconds.  Taken at its
+word until the next beat, the worker that looked idle is everybody's next choice.  So what is heard fades into
+the fleet's mean: in total it stays true, since work that is done is followed by work that arrives, but who has
+it is soon unknown.
 """
 
 import math
 from collections.abc import Callable, Mapping
 
 FADE_SECONDS = 1.0
+LATE_SECONDS = 0.5  # how old a beat is, on average, when the registry reads it
 
 
 class Hearsay:
@@ -27,6 +28,7 @@ class Hearsay:
         self._heard = {w: (beats[w], at if beat == beats[w] else now) for w, (beat, at) in held.items()}
         mean = sum(others.values()) / len(others) if others else 0.0
         return {
-            worker: mean + (tokens - mean) * math.exp((self._heard[worker][1] - now) / FADE_SECONDS)
+            worker: mean
+            + (tokens - mean) * math.exp((self._heard[worker][1] - now - LATE_SECONDS) / FADE_SECONDS)
             for worker, tokens in others.items()
         }

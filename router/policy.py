@@ -14,7 +14,7 @@ DEFAULT_RATE = 1000.0  # tokens/s of a fleet nobody has measured; alike for all,
 DEFAULT_BANDWIDTH = {"host": 2e9, "disk": 5e8, "shared": 3e8}  # bytes/s until the worker measured its own
 SLOWEST = 1.0  # tokens/s or bytes/s; anything below is a broken clock and counts as not measured
 SAME = 1.05  # costs within 5 % are equal
-AGAIN = 2.0  # what a second spent computing costs those who come after, in seconds
+BEHIND, MOST_BEHIND = 2.0, 8.0  # how much the prompts that wait weigh, and the most that they may
 TIGHT = (1.25, 2.0)  # load bound, times the mean and requests above it: where the order knows no queues
 LOOSE = (2.0, 4.0)  # ... and where queues are in the price, and the bound is for what the price got wrong
 TIERS = ("device", "host", "disk", "shared")
@@ -62,23 +62,18 @@ class Choice(NamedTuple):
     def seconds(self) -> float:
         return sum(self.terms.values())
 
-    @property
-    def price(self) -> float:
-        """Seconds this prompt waits, and what those behind it wait longer because it is computed here.  A
-        prefix computed where nobody held it takes the time of everybody who comes next."""
-        return self.seconds + AGAIN * self.terms["compute"]
-
 
 # prompt tokens, candidates, running number of the decision → best first, nobody left out
 Policy = Callable[[int, Sequence[Candidate], int], list[Choice]]
 
 
 def predicted_ttft(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
-    """Fewest predicted seconds to the first token, computing counted more than once (`Choice.price`); among
-    equals the less loaded, then ring order."""
+    """Fewest predicted seconds to the first token, and of computing where others wait; among equals the less
+    loaded, then ring order."""
     choices = _costs(prompt, candidates)
+    dearer = _behind(choices)
     within, over = _bounded(choices, LOOSE)
-    return _by_price(within) + _by_price(over)
+    return _by_price(within, dearer) + _by_price(over, dearer)
 
 
 def prefix_ring(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
@@ -175,9 +170,7 @@ def _costs(prompt: int, candidates: Sequence[Candidate]) -> list[Choice]:
     return [cost(prompt, c, c.prefill_rate if c.prefill_rate >= SLOWEST else usual) for c in candidates]
 
 
-def _bounded(
-    choices: Sequence[Choice], bound: tuple[float, float]
-) -> tuple[list[Choice], list[Choice]]:
+def _bounded(choices: Sequence[Choice], bound: tuple[float, float]) -> tuple[list[Choice], list[Choice]]:
     """Bounded load: who has more open requests than the bound goes behind everybody else, however much it
     holds."""
     if not choices:
@@ -188,13 +181,27 @@ def _bounded(
     return within, [c for c in choices if c.candidate.inflight > cap]
 
 
-def _by_price(choices: Sequence[Choice]) -> list[Choice]:
+def _behind(choices: Sequence[Choice]) -> float:
+    """What a second of computing costs those who wait behind it, in seconds: computing a prefix anew because
+    its holder is busy helps one prompt and delays every later one.  Grows with how many prompts like this one
+    wait on a worker on average; nothing on an idle fleet."""
+    longest = max((choice.terms["compute"] for choice in choices), default=0.0)
+    if longest <= 0:
+        return 0.0
+    queue = sum(choice.terms["queue"] for choice in choices) / len(choices)
+    return min(MOST_BEHIND, BEHIND * queue / longest)
+
+
+def _by_price(choices: Sequence[Choice], dearer: float) -> list[Choice]:
     if not choices:
         return []
-    limit = SAME * min(choice.price for choice in choices)
-    equal = [choice for choice in choices if choice.price <= limit]
-    rest = [choice for choice in choices if choice.price > limit]
-    return sorted(equal, key=_load) + sorted(rest, key=lambda choice: (choice.price, choice.candidate.ring))
+    priced = [(choice.seconds + dearer * choice.terms["compute"], choice) for choice in choices]
+    limit = SAME * min(price for price, _ in priced)
+    equal = [choice for price, choice in priced if price <= limit]
+    rest = sorted(
+        (each for each in priced if each[0] > limit), key=lambda each: (each[0], each[1].candidate.ring)
+    )
+    return sorted(equal, key=_load) + [choice for _, choice in rest]
 
 
 def _draw(choice: Choice, turn: int) -> tuple[int, str]:
