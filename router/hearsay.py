@@ -1,9 +1,9 @@
 """How far an old heartbeat is believed about what other gateways sent.
 
 What this gateway sent it knows to the request; what others sent it hears every two seconds.  Taken at its
-word until the next beat, the worker that looked idle is everybody's next choice.  So what is heard fades into
-the fleet's mean: in total it stays true, since work that is done is followed by work that arrives, but who has
-it is soon unknown.
+word until the next beat, the worker that looked idle is everybody's next choice.  So what is heard fades
+into the fleet's mean: in total it stays true, since work that is done is followed by work that arrives, but
+who has it is soon unknown.
 """
 
 import math
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 FADE_SECONDS = 1.0
 LATE_SECONDS = 0.5  # how old a beat is, on average, when the registry reads it
+MAX_HEARD = 4096
 
 
 class Hearsay:
@@ -24,11 +25,14 @@ class Hearsay:
         """Tokens others have queued on each worker, as of now.  `others` is what the latest beat said,
         `beats` tells beats apart."""
         now = self._clock()
-        held = {worker: self._heard.get(worker, (-1.0, now)) for worker in others}
-        self._heard = {w: (beats[w], at if beat == beats[w] else now) for w, (beat, at) in held.items()}
+        if len(self._heard) > MAX_HEARD:
+            self._heard.clear()  # workers come and go; a beat heard anew only counts as younger
+        for worker in others:
+            if self._heard.get(worker, (None, now))[0] != beats[worker]:
+                self._heard[worker] = beats[worker], now
         mean = sum(others.values()) / len(others) if others else 0.0
         return {
             worker: mean
-            + (tokens - mean) * math.exp((self._heard[worker][1] - now - LATE_SECONDS) / FADE_SECONDS)
+            + (tokens - mean) * math.exp(-(now - self._heard[worker][1] + LATE_SECONDS) / FADE_SECONDS)
             for worker, tokens in others.items()
         }

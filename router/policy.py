@@ -6,8 +6,10 @@ replays from its log line.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from statistics import median_low
 from typing import Any, NamedTuple
-from zlib import crc32
+
+from cacheengine.keys import digest
 
 KAPPA = 0.005  # seconds one running request delays a first token
 DEFAULT_RATE = 1000.0  # tokens/s of a fleet nobody has measured; alike for all, so it decides nothing
@@ -184,11 +186,11 @@ def _bounded(choices: Sequence[Choice], bound: tuple[float, float]) -> tuple[lis
 def _behind(choices: Sequence[Choice]) -> float:
     """What a second of computing costs those who wait behind it, in seconds: computing a prefix anew because
     its holder is busy helps one prompt and delays every later one.  Grows with how many prompts like this one
-    wait on a worker on average; nothing on an idle fleet."""
+    wait on most workers; nothing where half the fleet is idle."""
     longest = max((choice.terms["compute"] for choice in choices), default=0.0)
     if longest <= 0:
         return 0.0
-    queue = sum(choice.terms["queue"] for choice in choices) / len(choices)
+    queue = median_low(choice.terms["queue"] for choice in choices)
     return min(MOST_BEHIND, BEHIND * queue / longest)
 
 
@@ -204,9 +206,8 @@ def _by_price(choices: Sequence[Choice], dearer: float) -> list[Choice]:
     return sorted(equal, key=_load) + [choice for _, choice in rest]
 
 
-def _draw(choice: Choice, turn: int) -> tuple[int, str]:
-    worker = choice.candidate.worker
-    return crc32(f"{turn} {worker}".encode()), worker
+def _draw(choice: Choice, turn: int) -> bytes:
+    return digest(f"{turn} {choice.candidate.worker}".encode())
 
 
 def _load(choice: Choice) -> tuple[float, float, int]:
