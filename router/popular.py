@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from cacheengine.keys import ChunkKey
 
-MANY = 8  # followers; in a trace of chats one fork in ten thousand that was no system prompt had more
+MANY = 8  # followers; in an hour of chats 7 chunks of 170,885 had as many without ending a system prompt
 SECONDS = 600.0  # how long a follower counts
 DEPTH = 64  # chunks from the front that are looked at
 CAPACITY = 16_384  # chunks remembered: those seen last
