@@ -202,7 +202,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         few = sorted({gateways[0], gateways[-1]})
         for n in gateways if policy == DEFAULT or args.full else few:
             yield Case(TRACE, policy, workers, n, load)
-    for policy, n in itertools.product(args.policies, (gateways[0], gateways[-1])):
+    policies = [policy for policy in args.policies if policy == DEFAULT or not args.quick]
+    for policy, n in itertools.product(policies, sorted({gateways[0], gateways[-1]})):
         yield Case(ONE_PROMPT, policy, ONE_PROMPT_WORKERS, n, ONE_PROMPT_LOAD)
 
 
@@ -263,7 +264,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     args.workers = args.workers or ([4] if args.quick else [4, 16, 64])
     args.gateways = args.gateways or ([1, 8] if args.quick else [1, 2, 4, 8])
     args.loads = args.loads or ([0.3, 0.6] if args.quick else [0.3, 0.6, 0.9])
-    args.users = 800 if args.quick else 3000
+    args.users = 2000 if args.quick else 3000
     return args
 
 
