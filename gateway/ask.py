@@ -29,11 +29,19 @@ class Ask(msgspec.Struct, frozen=True):
     prompt_embeds: Any = None
     kv_transfer_params: Any = None
     cache_salt: Any = None
+    prompt_cache_key: Any = None
+    user: Any = None
 
     @property
     def tags(self) -> tuple[tuple[str, str], ...]:
         """Key tags: prompts under different salts never share KV."""
         return (("salt", self.cache_salt),) if isinstance(self.cache_salt, str) and self.cache_salt else ()
+
+    @property
+    def session(self) -> bytes:
+        """The caller's own name for the conversation, as OpenAI has it: `prompt_cache_key`, else `user`."""
+        named = (name for name in (self.prompt_cache_key, self.user) if isinstance(name, str) and name)
+        return next(named, "").encode()
 
     @property
     def keyable(self) -> bool:

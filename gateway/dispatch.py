@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 CLIENT_CLOSED = 499  # the status a metric gets when the client left before the first byte
 _INLINE_BYTES = 8192  # a shorter body is tokenized on the loop: handing it to a thread costs more
+_SESSION = b"x-session-id"
 _AFFINITY_BYTES = 1024  # of a body without keys: the start of a conversation
 _BYTES_PER_TOKEN = 4  # a guess, for the load board, where the prompt was not tokenized
 
@@ -54,6 +55,7 @@ class Prompt:
     tokens: int
     affinity: bytes
     unkeyed: str = ""  # why there are no keys
+    session: bytes = b""  # the caller's own name for the conversation
 
 
 @dataclass(slots=True)
@@ -120,9 +122,10 @@ class Dispatcher:
             self._metrics.unkeyed.labels(prompt.unkeyed).inc()
         else:
             self._metrics.tokenize_seconds.observe(time.perf_counter() - started)
+        session = exchange.client.header(_SESSION) or prompt.session
         try:
             placements = await self._router.place(
-                prompt.model, prompt.keys, prompt.tokens, affinity=prompt.affinity
+                prompt.model, prompt.keys, prompt.tokens, affinity=prompt.affinity, session=session
             )
         except NobodyReady as exc:
             raise NoWorker(prompt.model) from exc
@@ -157,7 +160,9 @@ class Dispatcher:
         ask, model, body = self._read(body)
         prompt = await self._prompt(model, ask, body, chat=ask.messages is not None)
         try:
-            decision = await self._router.explain(model, prompt.keys, prompt.tokens, prompt.affinity)
+            decision = await self._router.explain(
+                model, prompt.keys, prompt.tokens, prompt.affinity, prompt.session
+            )
         except NobodyReady as exc:
             raise NoWorker(model) from exc
         return {**decision, "unkeyed": prompt.unkeyed}
@@ -183,7 +188,7 @@ class Dispatcher:
                 keys, total = await asyncio.get_running_loop().run_in_executor(self._pool, work)
         except Unkeyable as exc:
             unkeyed = exc.reason
-        return Prompt(model, keys, total, body[:_AFFINITY_BYTES], unkeyed)
+        return Prompt(model, keys, total, body[:_AFFINITY_BYTES], unkeyed, ask.session)
 
     async def _try_each(self, exchange: Exchange, prompt: Prompt, placements: Sequence[Placement]) -> None:
         """Best first, until a worker's first byte has reached the client.  Raises GatewayError."""

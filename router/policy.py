@@ -5,14 +5,20 @@ replays from its log line.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from statistics import median_low
 from typing import Any, NamedTuple
+
+from cacheengine.keys import digest
 
 KAPPA = 0.005  # seconds one running request delays a first token
 DEFAULT_RATE = 1000.0  # tokens/s of a fleet nobody has measured; alike for all, so it decides nothing
 DEFAULT_BANDWIDTH = {"host": 2e9, "disk": 5e8, "shared": 3e8}  # bytes/s until the worker measured its own
 SLOWEST = 1.0  # tokens/s or bytes/s; anything below is a broken clock and counts as not measured
 SAME = 1.05  # costs within 5 % are equal
+BEHIND, MOST_BEHIND = 4.0, 8.0  # how much the prompts that wait weigh, and the most that they may
+TIGHT = (1.25, 2.0)  # load bound, times the mean and requests above it: where the order knows no queues
+LOOSE = (2.0, 4.0)  # ... and where queues are in the price, and the bound is for what the price got wrong
 TIERS = ("device", "host", "disk", "shared")
 
 
@@ -45,6 +51,9 @@ class Candidate:
     held_back: bool = False  # new, and this prompt is not of its share yet
 
 
+_FIELDS = tuple(each.name for each in fields(Candidate))
+
+
 class Choice(NamedTuple):
     """A candidate with what it would cost, in seconds, and the hit that makes it so cheap."""
 
@@ -62,21 +71,36 @@ Policy = Callable[[int, Sequence[Candidate], int], list[Choice]]
 
 
 def predicted_ttft(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
-    """Fewest predicted seconds to the first token; among equals the less loaded, then ring order."""
+    """Fewest predicted seconds to the first token, and of computing where others wait; among equals the less
+    loaded, then ring order."""
     choices = _costs(prompt, candidates)
-    within, over = _bounded(choices)
-    return _by_seconds(within) + _by_seconds(over)
+    dearer = _behind(choices)
+    within, over = _bounded(choices, LOOSE)
+    return _by_price(within, dearer) + _by_price(over, dearer)
 
 
 def prefix_ring(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
     """Ring order with bounded load: the same prefix meets the same worker, with no index at all."""
-    within, over = _bounded(_costs(prompt, candidates))
+    within, over = _bounded(_costs(prompt, candidates), TIGHT)
     return [*sorted(within, key=_ring), *sorted(over, key=_ring)]
+
+
+def session(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
+    """The same session meets the same worker, under the same bound: the ring order given is the session's
+    (`Router.place`), or the prompt's where the request names none."""
+    return prefix_ring(prompt, candidates, turn)
 
 
 def least_loaded(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
     """Fewest open requests, then fewest queued tokens.  Blind to the cache."""
     return sorted(_costs(prompt, candidates), key=_load)
+
+
+def power_of_two(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
+    """The less loaded of two, drawn anew for every decision: nearly as even as asking all, and old news does
+    not send everybody to one worker.  Blind to the cache."""
+    drawn = sorted(_costs(prompt, candidates), key=lambda choice: _draw(choice, turn))
+    return sorted(drawn[:2], key=_load) + drawn[2:]
 
 
 def round_robin(prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
@@ -89,10 +113,12 @@ def round_robin(prompt: int, candidates: Sequence[Candidate], turn: int) -> list
 POLICIES: dict[str, Policy] = {
     "predicted_ttft": predicted_ttft,
     "prefix_ring": prefix_ring,
+    "session": session,
     "least_loaded": least_loaded,
+    "power_of_two": power_of_two,
     "round_robin": round_robin,
 }
-CACHE_BLIND = frozenset({"least_loaded", "round_robin"})
+CACHE_BLIND = frozenset({"session", "least_loaded", "power_of_two", "round_robin"})
 
 
 def decide(name: str, prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
@@ -139,7 +165,11 @@ def replay(decision: Mapping[str, Any]) -> list[str]:
 
 def as_log(candidate: Candidate) -> dict[str, Any]:
     """What replay() needs, in plain types."""
-    return {**asdict(candidate), "hit": list(candidate.hit)}
+    return {
+        **{name: getattr(candidate, name) for name in _FIELDS},
+        "hit": list(candidate.hit),
+        "bandwidth": dict(candidate.bandwidth),
+    }
 
 
 def _costs(prompt: int, candidates: Sequence[Candidate]) -> list[Choice]:
@@ -148,22 +178,42 @@ def _costs(prompt: int, candidates: Sequence[Candidate]) -> list[Choice]:
     return [cost(prompt, c, c.prefill_rate if c.prefill_rate >= SLOWEST else usual) for c in candidates]
 
 
-def _bounded(choices: Sequence[Choice]) -> tuple[list[Choice], list[Choice]]:
-    """Bounded load: nobody gets more than 1.25 times the mean and two, however much it holds."""
+def _bounded(choices: Sequence[Choice], bound: tuple[float, float]) -> tuple[list[Choice], list[Choice]]:
+    """Bounded load: who has more open requests than the bound goes behind everybody else, however much it
+    holds."""
     if not choices:
         return [], []
-    cap = 1.25 * sum(c.candidate.inflight for c in choices) / len(choices) + 2
+    times, more = bound
+    cap = times * sum(c.candidate.inflight for c in choices) / len(choices) + more
     within = [c for c in choices if c.candidate.inflight <= cap]
     return within, [c for c in choices if c.candidate.inflight > cap]
 
 
-def _by_seconds(choices: Sequence[Choice]) -> list[Choice]:
+def _behind(choices: Sequence[Choice]) -> float:
+    """What a second of computing costs those who wait behind it, in seconds: computing a prefix anew because
+    its holder is busy helps one prompt and delays every later one.  Grows with how many prompts like this one
+    wait on most workers; nothing where half the fleet is idle."""
+    longest = max((choice.terms["compute"] for choice in choices), default=0.0)
+    if longest <= 0:
+        return 0.0
+    queue = median_low(choice.terms["queue"] for choice in choices)
+    return min(MOST_BEHIND, BEHIND * queue / longest)
+
+
+def _by_price(choices: Sequence[Choice], dearer: float) -> list[Choice]:
     if not choices:
         return []
-    limit = SAME * min(choice.seconds for choice in choices)
-    equal = [choice for choice in choices if choice.seconds <= limit]
-    rest = [choice for choice in choices if choice.seconds > limit]
-    return sorted(equal, key=_load) + sorted(rest, key=lambda choice: (choice.seconds, choice.candidate.ring))
+    priced = [(choice.seconds + dearer * choice.terms["compute"], choice) for choice in choices]
+    limit = SAME * min(price for price, _ in priced)
+    equal = [choice for price, choice in priced if price <= limit]
+    rest = sorted(
+        (each for each in priced if each[0] > limit), key=lambda each: (each[0], each[1].candidate.ring)
+    )
+    return sorted(equal, key=_load) + [choice for _, choice in rest]
+
+
+def _draw(choice: Choice, turn: int) -> bytes:
+    return digest(f"{turn} {choice.candidate.worker}".encode())
 
 
 def _load(choice: Choice) -> tuple[float, float, int]:

@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 
 from cacheengine.errors import IndexDown
 from cacheengine.index_reader import IndexReader
-from cacheengine.index_schema import NOTHING, Depths
-from cacheengine.keys import ChunkKey, KeyScheme, digest
+from cacheengine.keys import ChunkKey, KeyScheme
 from router.load import LoadBoard
-from router.pending import PendingPrefixes
 from router.placement import NoWorker, Placement
 from router.policy import (
     CACHE_BLIND,
@@ -27,7 +25,7 @@ from router.policy import (
     decide,
 )
 from router.registry import Registry
-from router.ring import Ring
+from router.survey import Holders, Question, Survey
 from router.trust import Trust
 from router.worker import Worker
 
@@ -35,8 +33,6 @@ log = logging.getLogger(__name__)
 
 DECISIONS = 1000
 FALLBACK = "prefix_ring"  # what runs when the index cannot be asked
-
-Holders = Mapping[tuple[str, int], Depths]
 
 
 class Weighed(NamedTuple):
@@ -76,8 +72,7 @@ class Router:
         self.registry, self.board, self.policy, self.shadow = registry, board, policy, shadow
         self.trust = trust or Trust(clock)
         self._index, self._clock, self._on_decision = index, clock, on_decision
-        self._pending = PendingPrefixes(clock)
-        self._rings: dict[tuple[str, ...], Ring] = {}
+        self._survey = Survey(board, self.trust, clock, by_session=policy == "session")
         self._turn = 0
         self.decisions: deque[dict[str, Any]] = deque(maxlen=DECISIONS)
 
@@ -88,27 +83,34 @@ class Router:
         prompt_tokens: int,
         exclude: Collection[str] = (),
         affinity: bytes = b"",
+        session: bytes = b"",
     ) -> list[Placement]:
-        """Workers to try, best first.  `keys` are made with registry.scheme(model); `affinity` (say, the raw
-        prompt's first bytes) steers the ring when there are none.  Raises NoWorker."""
+        """Workers to try, best first; Question says what is asked.  Raises NoWorker."""
+        asked = Question(model, keys, prompt_tokens, exclude, affinity, session)
         started = self._clock()
-        holders, index = await self._holders(model, keys)
+        holders, index = await self._holders(asked)
         lookup = self._clock() - started
         # from here to the caller nothing awaits: two requests at once see each other
-        weighed = self._weigh(model, keys, prompt_tokens, exclude, affinity, holders, index)
-        self._pending.sent(keys, weighed.placements[0].worker.id)
-        self._note(self._decision(model, keys, prompt_tokens, weighed, lookup))
+        weighed = self._weigh(asked, holders, index)
+        self._survey.sent(asked, weighed.placements[0].worker.id)
+        self._note(self._decision(asked, weighed, lookup))
         self._turn += 1
         return weighed.placements
 
     async def explain(
-        self, model: str, keys: Sequence[ChunkKey], prompt_tokens: int, affinity: bytes = b""
+        self,
+        model: str,
+        keys: Sequence[ChunkKey],
+        prompt_tokens: int,
+        affinity: bytes = b"",
+        session: bytes = b"",
     ) -> dict[str, Any]:
         """What place() would do now and why, in plain types, without doing it.  Raises NoWorker."""
+        asked = Question(model, keys, prompt_tokens, (), affinity, session)
         started = self._clock()
-        holders, index = await self._holders(model, keys)
+        holders, index = await self._holders(asked)
         lookup = self._clock() - started
-        weighed = self._weigh(model, keys, prompt_tokens, (), affinity, holders, index, dry=True)
+        weighed = self._weigh(asked, holders, index, dry=True)
         rows = []
         for choice, placement in zip(weighed.order, weighed.placements, strict=True):
             rows.append(
@@ -127,7 +129,7 @@ class Router:
                     "held_back": choice.candidate.held_back,
                 }
             )
-        return {**self._decision(model, keys, prompt_tokens, weighed, lookup), "workers": rows}
+        return {**self._decision(asked, weighed, lookup), "workers": rows}
 
     def learn(self, placement: Placement, prompt_tokens: int, cached_tokens: int) -> None:
         """The worker answered, and says how many prompt tokens it did not have to compute."""
@@ -140,13 +142,13 @@ class Router:
         if 0 < age <= len(self.decisions):
             self.decisions[-age]["actual_hit_tokens"] = cached_tokens
 
-    async def _holders(self, model: str, keys: Sequence[ChunkKey]) -> tuple[Holders, str]:
+    async def _holders(self, asked: Question) -> tuple[Holders, str]:
         """Who holds what, and whether the index was "up", "down" or "unused"."""
-        scheme = self.registry.scheme(model)
-        if self._index is None or scheme is None or not keys or self._indifferent():
+        scheme = self.registry.scheme(asked.model)
+        if self._index is None or scheme is None or not asked.keys or self._indifferent():
             return {}, "unused"
         try:
-            return await self._index.holders(scheme.namespace, keys), "up"
+            return await self._index.holders(scheme.namespace, asked.keys), "up"
         except IndexDown as exc:
             log.debug("routing by ring: %s", exc)
             return {}, "down"
@@ -155,45 +157,28 @@ class Router:
         """No policy here looks at the cache."""
         return {self.policy, self.shadow or self.policy} <= CACHE_BLIND
 
-    def _weigh(
-        self,
-        model: str,
-        keys: Sequence[ChunkKey],
-        prompt_tokens: int,
-        exclude: Collection[str],
-        affinity: bytes,
-        holders: Holders,
-        index: str,
-        dry: bool = False,
-    ) -> Weighed:
+    def _weigh(self, asked: Question, holders: Holders, index: str, dry: bool = False) -> Weighed:
         """`dry` changes nothing that a later decision sees.  Raises NoWorker."""
-        workers = {w.id: w for w in self.registry.workers_for(model) if w.id not in exclude}
+        workers = {w.id: w for w in self.registry.workers_for(asked.model) if w.id not in asked.exclude}
         if not workers:
-            raise NoWorker(f"no worker serves {model!r} now")
-        scheme = self.registry.scheme(model)
-        ring_key = keys[0] if keys else digest(affinity)
-        candidates, claims = self._candidates(workers, scheme, holders, keys, prompt_tokens, ring_key, dry)
+            raise NoWorker(f"no worker serves {asked.model!r} now")
+        scheme = self.registry.scheme(asked.model)
+        candidates, claims = self._survey.candidates(asked, workers, scheme, holders, dry)
         ran = self._runs(self.policy, index)
-        order = decide(ran, prompt_tokens, candidates, self._turn)
+        order = decide(ran, asked.tokens, candidates, self._turn)
         ignored = any(map(any, claims.values())) and not any(any(c.hit) for c in candidates)
         return Weighed(
             candidates,
             ran,
             index,
-            self._blind(index, bool(keys), scheme, ignored),
+            self._blind(index, bool(asked.keys), scheme, ignored),
             order,
-            [self._placement(workers[c.candidate.worker], c, ran, index, keys, claims) for c in order],
-            self._shadowed(prompt_tokens, candidates, index, order[0]),
+            [self._placement(workers[c.candidate.worker], c, ran, index, asked.keys, claims) for c in order],
+            self._shadowed(asked.tokens, candidates, index, order[0]),
         )
 
     def _runs(self, policy: str, index: str) -> str:
         return FALLBACK if index == "down" and policy not in CACHE_BLIND else policy
-
-    def _believed(self, worker: Worker, held: Depths) -> Depths:
-        """A worker the index is wrong about counts as one that holds nothing itself."""
-        if not self.trust.believes(worker, "local"):
-            held = NOTHING._replace(shared=held.shared)
-        return held if self.trust.believes(worker, "shared") else held._replace(shared=0)
 
     def _blind(self, index: str, keyed: bool, scheme: KeyScheme | None, ignored: bool) -> str:
         """Why this decision was made without the index; "" where it was not."""
@@ -221,63 +206,6 @@ class Router:
             "differs": other.candidate.worker != used.candidate.worker,
             "predicted_ms": round(1000 * other.seconds, 3),
         }
-
-    def _candidates(
-        self,
-        workers: Mapping[str, Worker],
-        scheme: KeyScheme | None,
-        holders: Holders,
-        keys: Sequence[ChunkKey],
-        prompt_tokens: int,
-        ring_key: bytes,
-        dry: bool,
-    ) -> tuple[list[Candidate], dict[str, Hit]]:
-        """Also what the index claims of each worker, whether we believe it or not."""
-        # blobs in Redis outlive whoever put them there: lives that are over still count
-        shared = max((depths.shared for depths in holders.values()), default=0)
-        sent_to, sent = self._pending.find(keys)
-        rank = {worker_id: i for i, worker_id in enumerate(self._ring(workers).order(ring_key))}
-        candidates, claims = [], {}
-        for worker in workers.values():
-            hit, pending = NO_HIT, 0
-            if scheme is not None and worker.scheme == scheme:
-                held = holders.get((worker.id, worker.epoch), NOTHING)
-                if held.shared != (common := shared if worker.shares else 0):
-                    held = held._replace(shared=common)
-                hit = claims[worker.id] = _stretches(held, scheme.chunk_tokens, prompt_tokens)
-                believed = self._believed(worker, held) if hit is not NO_HIT else held
-                if worker.id == sent_to:
-                    pending = max(0, sent - believed.local) * scheme.chunk_tokens
-                    believed = believed._replace(device=max(believed.device, sent))
-                if believed is not held:
-                    hit = _stretches(believed, scheme.chunk_tokens, prompt_tokens)
-            load = worker.load
-            candidates.append(
-                Candidate(
-                    worker=worker.id,
-                    ring=rank[worker.id],
-                    inflight=self.board.inflight(worker.id),
-                    running=load.running,
-                    queued_tokens=self.board.queued_tokens(
-                        worker.id, load.queued_tokens, load.beat_ms, note=not dry
-                    ),
-                    pending_tokens=pending,
-                    prefill_rate=load.prefill_rate,
-                    hit=hit,
-                    token_bytes=worker.token_bytes,
-                    bandwidth={"host": load.bw_host, "disk": load.bw_disk, "shared": load.bw_redis},
-                    held_back=_held_back(worker, hit, ring_key),
-                )
-            )
-        return candidates, claims
-
-    def _ring(self, workers: Mapping[str, Worker]) -> Ring:
-        members = tuple(sorted(workers))
-        if (ring := self._rings.get(members)) is None:
-            if len(self._rings) >= 16:  # memberships seen: models, and retries that exclude one
-                self._rings.clear()
-            ring = self._rings[members] = Ring(members)
-        return ring
 
     def _placement(
         self,
@@ -308,16 +236,14 @@ class Router:
             decision=self._turn,
         )
 
-    def _decision(
-        self, model: str, keys: Sequence[ChunkKey], prompt_tokens: int, weighed: Weighed, lookup: float
-    ) -> dict[str, Any]:
+    def _decision(self, asked: Question, weighed: Weighed, lookup: float) -> dict[str, Any]:
         """One line of the log, in plain types."""
         first = weighed.placements[0]
         return {
             "at": time.time(),
-            "model": model,
-            "prompt_tokens": prompt_tokens,
-            "chunks": len(keys),
+            "model": asked.model,
+            "prompt_tokens": asked.tokens,
+            "chunks": len(asked.keys),
             "policy": self.policy,
             "ran": weighed.ran,
             "turn": self._turn,
@@ -353,23 +279,3 @@ def _loadable(worker: Worker, claimed: Hit, prompt_tokens: int) -> tuple[int, in
     most -= most % max(1, worker.block_size)
     local = min(most, sum(hit) - hit.shared)
     return local, min(most - local, hit.shared)
-
-
-def _held_back(worker: Worker, hit: Hit, ring_key: bytes) -> bool:
-    """A new worker takes a rising share of the prompts it holds nothing of: at first few of them, later
-    those and more, the same at every gateway."""
-    if worker.share >= 1 or hit.device or hit.host or hit.disk:
-        return False
-    return int.from_bytes(digest(ring_key, worker.id.encode())[:4], "big") / 2**32 >= worker.share
-
-
-def _stretches(held: Depths, chunk_tokens: int, prompt_tokens: int) -> Hit:
-    """Depths (from the front, per tier) → disjoint stretches in tokens: a faster tier serves first."""
-    if held == NOTHING:
-        return NO_HIT
-    tokens, reached = [], 0
-    for depth in held:
-        end = max(reached, min(depth * chunk_tokens, prompt_tokens))
-        tokens.append(end - reached)
-        reached = end
-    return Hit(*tokens)

@@ -57,6 +57,7 @@ class _Request:
     prompt: int
     tenant: str
     computed: int = 0
+    found: int = 0  # tokens held here when it came
     running: bool = False
     probe: Future[int] | None = None
     probed: Sequence[ChunkKey] = ()
@@ -264,7 +265,7 @@ class Planner:
         return {
             "running": float(sum(r.running for r in requests)),
             "waiting": float(sum(not r.running for r in requests)),
-            "queued_tokens": float(sum(max(0, r.prompt - r.computed) for r in requests)),
+            "queued_tokens": float(sum(max(0, r.prompt - max(r.computed, r.found)) for r in requests)),
             "prefill_rate": self.rates.prefill,
             **{f"bw_{tier}": rate for tier, rate in list(self.rates.read.items())},
         }
@@ -351,6 +352,7 @@ class Planner:
         usable, per = self._usable(tokens), self._per_chunk
         keys = request.chain.keys[: usable // per]
         start = self.store.depth(keys)
+        request.found = start * self._n
         asked = keys[start:]
         blocks = len(tokens) // self._block
         if usable % per and blocks % per:

@@ -49,9 +49,28 @@ def test_predicted_ttft_picks(prompt: int, candidates: list[Candidate], want: st
 
 
 def test_a_worker_over_the_load_bound_goes_last_however_much_it_holds() -> None:
+    """The ring's bound is at 1.25 times the mean and two, 4.9 here; the default's at twice and four, 8.7."""
     crowd = [worker("a", 0, inflight=7, hit=Hit(device=8000)), worker("b", 1), worker("c", 2)]
-    assert order("predicted_ttft", 8000, *crowd) == "bca"
-    assert order("prefix_ring", 8000, *crowd) == "bca"
+    assert order("predicted_ttft", 8000, *crowd) == "abc"
+    assert order("prefix_ring", 8000, *crowd) == order("session", 8000, *crowd) == "bca"
+    swamped = [worker("a", 0, inflight=20, hit=Hit(device=8000)), worker("b", 1), worker("c", 2)]
+    assert order("predicted_ttft", 8000, *swamped) == "bca"
+
+
+def test_a_prefix_is_computed_again_on_an_idle_fleet_and_waited_for_on_a_busy_one() -> None:
+    """The holder has 0.9 s of work in front of ours in both; a second copy would spare this prompt 0.3 s."""
+    holder = worker("h", 1, hit=Hit(device=6000), queued_tokens=9000)
+    assert order("predicted_ttft", 8000, holder, worker("i", 0), worker("j", 2)) == "ijh"
+    queues = [worker(name, n, queued_tokens=5000) for n, name in enumerate("ijkl", 2)]
+    assert order("predicted_ttft", 8000, holder, worker("b", 0, queued_tokens=3000), *queues)[0] == "h"
+
+
+def test_what_the_queue_adds_to_the_price_of_computing_is_bounded() -> None:
+    swamped = [
+        worker("a", 0, queued_tokens=10**7, hit=Hit(device=100)),
+        worker("b", 1, queued_tokens=10**7 - 2000),
+    ]
+    assert order("predicted_ttft", 200, *swamped) == "ba"
 
 
 def test_prefix_ring_keeps_ring_order() -> None:
@@ -61,6 +80,20 @@ def test_prefix_ring_keeps_ring_order() -> None:
 def test_least_loaded_counts_requests_then_tokens() -> None:
     field = [worker("a", inflight=1), worker("b", queued_tokens=9), worker("c", queued_tokens=3)]
     assert order("least_loaded", 10, *field) == "cba"
+
+
+def test_session_follows_the_ring_it_is_given() -> None:
+    assert order("session", 10, worker("a", 2), worker("b", 0), worker("c", 1, hit=Hit(device=9))) == "bca"
+
+
+def test_power_of_two_takes_the_less_loaded_of_the_two_it_drew() -> None:
+    """Whoever is busiest of all is never first, whoever is idlest is first whenever drawn."""
+    fleet = [worker(name, n, inflight=n) for n, name in enumerate("abcd")]
+    orders = [order("power_of_two", 10, *fleet, turn=turn) for turn in range(200)]
+    assert all(each[0] < each[1] for each in orders)
+    assert {each[0] for each in orders} == {*"abc"}
+    assert {each[:2] for each in orders} == {"ab", "ac", "ad", "bc", "bd", "cd"}
+    assert order("power_of_two", 10, *fleet, turn=3) == order("power_of_two", 10, *reversed(fleet), turn=3)
 
 
 def test_round_robin_takes_turns() -> None:

@@ -135,6 +135,36 @@ def test_a_cold_prompt_goes_the_same_way_every_time(house: House, valkey: Valkey
         other.close()
 
 
+def test_what_all_prompts_share_does_not_keep_them_on_one_worker(valkey: ValkeyServer) -> None:
+    """The ring's order, which is all there is to go by without the index."""
+    house = House(valkey, "prefix_ring")
+    talks = [SCHEME.keys([*range(256 * 3), *range(10_000 * n, 10_000 * n + 512)]) for n in range(1, 40)]
+    try:
+        early = {names(house.place(talk, 256 * 5)) for talk in talks[:7]}
+        late = [names(house.place(talk, 256 * 5))[0] for talk in talks[10:]]
+        assert len(early) == 1
+        assert set(late) == {"a", "b", "c"}
+        assert [names(house.place(talk, 256 * 5))[0] for talk in talks[10:]] == late
+    finally:
+        house.close()
+
+
+def test_a_session_stays_where_it_is_whatever_it_asks(valkey: ValkeyServer) -> None:
+    house = House(valkey, "session")
+    try:
+        asked = [SCHEME.keys(range(n, n + 512)) for n in range(20)]
+        assert len({names(house.place(keys, 512, session=b"me")) for keys in asked}) == 1
+        assert len({names(house.place(KEYS, TOKENS, session=b"%d" % n))[0] for n in range(20)}) == 3
+        assert len({names(house.place(keys, 512))[0] for keys in asked}) == 3  # no name: by prompt
+    finally:
+        house.close()
+
+
+def test_a_session_steers_the_ring_where_there_are_no_keys(house: House) -> None:
+    orders = {names(house.place([], 50, affinity=b"%d" % n, session=b"me")) for n in range(9)}
+    assert len(orders) == 1
+
+
 def test_equal_prompts_at_once_meet_on_one_worker_before_the_index_knows(house: House) -> None:
     first = house.place()[0]
     assert first.reason == "cold"
@@ -184,12 +214,13 @@ def test_a_plain_worker_is_served_without_any_cache(house: House) -> None:
     assert house.place([], 50, model="plain")[0].expected_hit_tokens == 0
 
 
-@pytest.mark.parametrize("policy", ["round_robin", "least_loaded"])
+@pytest.mark.parametrize("policy", ["round_robin", "least_loaded", "power_of_two", "session"])
 def test_a_policy_blind_to_the_cache_asks_nobody(valkey: ValkeyServer, policy: str) -> None:
     house = House(valkey, policy)
     try:
         firsts = [house.place()[0].worker.id for _ in range(4)]
-        assert firsts == ([*"abca"] if policy == "round_robin" else firsts[:1] * 4)
+        same = firsts[:1] * 4
+        assert firsts == {"round_robin": [*"abca"], "power_of_two": firsts}.get(policy, same)
         assert (house.heard[-1]["index"], house.heard[-1]["reason"]) == ("unused", "policy")
     finally:
         house.close()

@@ -424,6 +424,14 @@ def test_an_aborted_request_leaves_clean_books(when):
     assert rig.planner.load()["waiting"] == 0
 
 
+def test_a_prompt_that_waits_is_queued_without_what_is_held_of_it():
+    rig = Rig()
+    rig.warm()
+    rig.planner.begin("a", PROMPT, [])
+    rig.planner.begin("b", [5] * 3 * CHUNK, [])
+    assert rig.planner.load()["queued_tokens"] == len(PROMPT) - 4 * CHUNK + 3 * CHUNK
+
+
 def test_a_redis_that_could_not_say_is_not_a_redis_that_holds_nothing():
     """Else one outage would bury what stands on the disk behind a chunk only Redis holds."""
     rig = Rig(host=16, disk=16, redis=100)

@@ -1,0 +1,148 @@
+"""What is known of every worker in front of one prompt: the index's word, and how far to believe it."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from cacheengine.index_schema import NOTHING, Depths
+from cacheengine.keys import ChunkKey, KeyScheme, digest
+from router.hearsay import Hearsay
+from router.load import LoadBoard
+from router.pending import PendingPrefixes
+from router.policy import NO_HIT, Candidate, Hit
+from router.popular import Forks
+from router.ring import Ring
+from router.trust import Trust
+from router.worker import Worker
+
+Holders = Mapping[tuple[str, int], Depths]
+
+_RINGS = 16  # memberships remembered: models, and retries that exclude one
+
+
+class Question(NamedTuple):
+    """One prompt that wants a worker.  `keys` are made with registry.scheme(model); `affinity` (say, the raw
+    prompt's first bytes) steers the ring when there are none.  `session` is the caller's own name for the
+    conversation, if it gave one."""
+
+    model: str
+    keys: Sequence[ChunkKey]
+    tokens: int
+    exclude: Collection[str] = ()
+    affinity: bytes = b""
+    session: bytes = b""
+
+
+class Survey:
+    """REQUIRES: used from one event loop.  `by_session`: the ring order of a prompt is its session's."""
+
+    def __init__(
+        self, board: LoadBoard, trust: Trust, clock: Callable[[], float], by_session: bool = False
+    ) -> None:
+        self._board, self._trust, self._by_session = board, trust, by_session
+        self._pending, self._forks, self._hearsay = PendingPrefixes(clock), Forks(clock), Hearsay(clock)
+        self._rings: dict[tuple[str, ...], Ring] = {}
+
+    def candidates(
+        self,
+        asked: Question,
+        workers: Mapping[str, Worker],
+        scheme: KeyScheme | None,
+        holders: Holders,
+        dry: bool = False,
+    ) -> tuple[list[Candidate], dict[str, Hit]]:
+        """Also what the index claims of each worker, whether we believe it or not.  `dry` changes nothing
+        that a later prompt sees."""
+        # blobs in Redis outlive whoever put them there: lives that are over still count
+        shared = max((depths.shared for depths in holders.values()), default=0)
+        sent_to, sent = self._pending.find(asked.keys)
+        ring_key = self._ring_key(asked)
+        rank = {worker_id: i for i, worker_id in enumerate(self._ring(workers).order(ring_key))}
+        others = self._others(workers, dry)
+        candidates, claims = [], {}
+        for worker in workers.values():
+            hit, pending = NO_HIT, 0
+            if scheme is not None and worker.scheme == scheme:
+                held = holders.get((worker.id, worker.epoch), NOTHING)
+                if held.shared != (common := shared if worker.shares else 0):
+                    held = held._replace(shared=common)
+                hit = claims[worker.id] = _stretches(held, scheme.chunk_tokens, asked.tokens)
+                believed = self._believed(worker, held) if hit is not NO_HIT else held
+                if worker.id == sent_to:
+                    pending = max(0, sent - believed.local) * scheme.chunk_tokens
+                    believed = believed._replace(device=max(believed.device, sent))
+                if believed is not held:
+                    hit = _stretches(believed, scheme.chunk_tokens, asked.tokens)
+            load = worker.load
+            candidates.append(
+                Candidate(
+                    worker=worker.id,
+                    ring=rank[worker.id],
+                    inflight=self._board.inflight(worker.id),
+                    running=load.running,
+                    queued_tokens=self._board.prefilling(worker.id) + others[worker.id],
+                    pending_tokens=pending,
+                    prefill_rate=load.prefill_rate,
+                    hit=hit,
+                    token_bytes=worker.token_bytes,
+                    bandwidth={"host": load.bw_host, "disk": load.bw_disk, "shared": load.bw_redis},
+                    held_back=_held_back(worker, hit, ring_key),
+                )
+            )
+        return candidates, claims
+
+    def sent(self, asked: Question, worker_id: str) -> None:
+        """This prompt goes to this worker now; the index will hear of it later."""
+        self._pending.sent(asked.keys, worker_id)
+        self._forks.passed(asked.keys)
+
+    def _ring_key(self, asked: Question) -> bytes:
+        """A session keeps its place where that is the policy.  Elsewhere the prompt says more: a session's
+        name is a guess about it, and steers the ring only when there are no keys."""
+        if asked.session and (self._by_session or not asked.keys):
+            return digest(asked.session)
+        return self._forks.own(asked.keys) if asked.keys else digest(asked.affinity)
+
+    def _ring(self, workers: Mapping[str, Worker]) -> Ring:
+        members = tuple(sorted(workers))
+        if (ring := self._rings.get(members)) is None:
+            if len(self._rings) >= _RINGS:
+                self._rings.clear()
+            ring = self._rings[members] = Ring(members)
+        return ring
+
+    def _believed(self, worker: Worker, held: Depths) -> Depths:
+        """A worker the index is wrong about counts as one that holds nothing itself."""
+        if not self._trust.believes(worker, "local"):
+            held = NOTHING._replace(shared=held.shared)
+        return held if self._trust.believes(worker, "shared") else held._replace(shared=0)
+
+    def _others(self, workers: Mapping[str, Worker], dry: bool) -> Mapping[str, float]:
+        """Tokens that other gateways have queued on each worker."""
+        board = self._board
+        heard = {
+            w.id: board.queued_tokens(w.id, w.load.queued_tokens, w.load.beat_ms, note=not dry)
+            - board.prefilling(w.id)
+            for w in workers.values()
+        }
+        beats = {w.id: w.load.beat_ms for w in workers.values()}
+        return self._hearsay.faded(heard, beats, note=not dry)
+
+
+def _held_back(worker: Worker, hit: Hit, ring_key: bytes) -> bool:
+    """A new worker takes a rising share of the prompts it holds nothing of: at first few of them, later
+    those and more, the same at every gateway."""
+    if worker.share >= 1 or hit.device or hit.host or hit.disk:
+        return False
+    return int.from_bytes(digest(ring_key, worker.id.encode())[:4], "big") / 2**32 >= worker.share
+
+
+def _stretches(held: Depths, chunk_tokens: int, prompt_tokens: int) -> Hit:
+    """Depths (from the front, per tier) → disjoint stretches in tokens: a faster tier serves first."""
+    if held == NOTHING:
+        return NO_HIT
+    tokens, reached = [], 0
+    for depth in held:
+        end = max(reached, min(depth * chunk_tokens, prompt_tokens))
+        tokens.append(end - reached)
+        reached = end
+    return Hit(*tokens)
