@@ -368,3 +368,23 @@ def test_whatever_clients_and_workers_do_nothing_stays_held() -> None:
         assert 0 < metric(client, "cairn_gateway_requests_total") <= 200  # some left before they were heard
         dying.die_after = None  # or it may tear the last answer too
         assert client.post(CHAT, json=BODY).status_code in (200, 502)
+
+
+@pytest.mark.parametrize("told", ["header", "prompt_cache_key", "user"])
+def test_a_session_stays_with_its_worker_however_it_is_named(told: str) -> None:
+    houses = [FakeVLLM() for _ in range(4)]
+    with contextlib.ExitStack() as opened:
+        urls = [opened.enter_context(serve(house)) for house in houses]
+        client = opened.enter_context(gateway(*urls, policy="session"))
+        homes = set()
+        for session in ("one", "two", "three", "four", "five", "six"):
+            seen = set()
+            for n in range(3):
+                body = {**BODY, "messages": [{"role": "user", "content": f"{session} {n}"}]}
+                named = {} if told == "header" else {told: session}
+                headers = {"x-cairn-explain": "1"} | ({"x-session-id": session} if told == "header" else {})
+                reply = client.post(CHAT, json=body | named, headers=headers)
+                seen.add(reply.headers["x-cairn-worker"])
+            assert len(seen) == 1
+            homes |= seen
+        assert len(homes) > 1

@@ -14,6 +14,12 @@ def test_a_salt_is_a_tag_and_an_odd_salt_is_the_workers_business() -> None:
     assert read_ask(b'{"cache_salt": ""}').tags == read_ask(b'{"cache_salt": 5}').tags == ()
 
 
+def test_a_session_is_named_as_openai_does_and_an_odd_name_is_none() -> None:
+    assert read_ask(b'{"prompt_cache_key": "a", "user": "b"}').session == b"a"
+    assert read_ask(b'{"prompt_cache_key": 7, "user": "b"}').session == b"b"
+    assert read_ask(b'{"user": ["b"]}').session == read_ask(b"{}").session == b""
+
+
 def test_a_model_that_is_no_string_is_named_in_the_error() -> None:
     with pytest.raises(BadRequest) as caught:
         read_ask(b'{"model": []}')
