@@ -40,7 +40,5 @@ def test_no_more_than_a_fair_share_of_keys_moves_when_any_worker_goes(
     before, after = Ring(members), Ring(members - {gone})
     sample = KEYS[:500]
     moved = sum(before.order(key)[0] != after.order(key)[0] for key in sample)
-    assert all(
-        before.order(key)[0] == after.order(key)[0] for key in sample if before.order(key)[0] != gone
-    )
+    assert all(before.order(key)[0] == after.order(key)[0] for key in sample if before.order(key)[0] != gone)
     assert moved / len(sample) <= 1 / len(members) + 0.15
