@@ -29,8 +29,9 @@ class GatewayConfig(Config):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     redis_url: str = Field(
         "",
-        description="Redis or Valkey with the fleet registry and the chunk index; empty: only `workers`, "
-        "routed by consistent hashing. Put it in CAIRN_REDIS_URL, not in argv, when it holds a password.",
+        description="Redis or Valkey with the fleet registry and the chunk index (redis://, rediss://, "
+        "unix://, redis-sentinel:// or redis-cluster://); empty: only `workers` and `workers_file`, routed "
+        "by load and consistent hashing. Put it in CAIRN_REDIS_URL, not in argv, when it holds a password.",
     )
     workers: Annotated[list[str], BeforeValidator(_split)] = Field(
         default_factory=list,
@@ -56,13 +57,13 @@ class GatewayConfig(Config):
     )
     policy: str = Field(
         "predicted_ttft",
-        description="How a worker is chosen; see router/policy.py for the names. "
-        "Leave it alone except to compare.",
+        description=f"How a worker is chosen: {', '.join(POLICIES)} "
+        "(docs/operations.md says what each does). Leave it alone except to compare.",
     )
     shadow_policy: str = Field(
         "",
         description="A policy to score beside the real one without using it: see "
-        "cairn_router_shadow_decisions. Costs a second scoring per request; empty: none.",
+        "cairn_router_shadow_decisions_total. Costs a second scoring per request; empty: none.",
     )
     tokenizer_path: str = Field(
         "",
