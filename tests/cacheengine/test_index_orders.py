@@ -2,8 +2,10 @@
 
 import asyncio
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
+import redis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
@@ -26,6 +28,27 @@ def test_orders_are_what_every_gateway_reads(valkey: ValkeyServer) -> None:
         await two.close()
 
     asyncio.run(main())
+
+
+def test_a_gateway_with_the_documented_rights_gives_orders_and_tells_them_again(valkey: ValkeyServer) -> None:
+    text = (Path(__file__).parents[2] / "docs/operations.md").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("ACL SETUSER cairn-gateway "))
+
+    async def main(admin: redis.Redis) -> None:
+        orders = Orders(f"redis://cairn-gateway:PASSWORD@127.0.0.1:{valkey.port}")
+        await orders.give("a", "drained")
+        await orders.give("b", "drained")
+        await orders.give("b", "")
+        admin.flushdb()
+        assert await orders.read() == {"a": "drained"}
+        await orders.close()
+
+    with valkey.client() as admin:
+        admin.execute_command(*line.split())
+        try:
+            asyncio.run(main(admin))
+        finally:
+            admin.execute_command("ACL DELUSER", "cairn-gateway")
 
 
 def test_orders_do_not_expire(valkey: ValkeyServer) -> None:
