@@ -178,6 +178,8 @@ class Fleet:
                     held = await pipe.execute() if members else []
         except (*redis_url.DOWN, OSError) as exc:
             raise IndexDown(f"fleet: {exc}") from exc
+        if len(members) == MAX_FLEET:
+            log.warning("the fleet has %d workers or more; further ones are not read", MAX_FLEET)
         leases = []
         for member, fields in zip(members, held, strict=True):
             if not fields:

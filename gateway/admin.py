@@ -7,7 +7,7 @@ from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import Response
 
 from cacheengine.errors import IndexDown
-from gateway.dispatch import Dispatcher
+from gateway.dispatch import SESSION, Dispatcher
 from gateway.errors import BodyTooLarge, GatewayError
 from router.registry import UnknownWorker
 from router.router import Router
@@ -40,7 +40,7 @@ def admin(router: Router, dispatcher: Dispatcher, max_body_bytes: int) -> APIRou
 
     @api.delete("/workers/{worker_id:path}")
     async def remove(worker_id: str) -> dict[str, str]:
-        """Forgotten until it restarts or is resumed; what is under way finishes."""
+        """Forgotten until it restarts (one with a lease) or is resumed; what is under way finishes."""
         return await _order(router, worker_id, "remove")
 
     @api.get("/decisions")
@@ -57,7 +57,7 @@ def admin(router: Router, dispatcher: Dispatcher, max_body_bytes: int) -> APIRou
                 body += part
                 if len(body) > max_body_bytes:
                     raise BodyTooLarge(max_body_bytes)
-            return await dispatcher.explain(body)
+            return await dispatcher.explain(body, request.headers.get(SESSION.decode(), "").encode("latin-1"))
         except GatewayError as exc:
             headers = {name.decode(): value.decode() for name, value in exc.headers()}
             return Response(exc.body(), exc.status, headers)

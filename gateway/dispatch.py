@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 CLIENT_CLOSED = 499  # the status a metric gets when the client left before the first byte
 _INLINE_BYTES = 8192  # a shorter body is tokenized on the loop: handing it to a thread costs more
-_SESSION = b"x-session-id"
+SESSION = b"x-session-id"
 _AFFINITY_BYTES = 1024  # of a body without keys: the start of a conversation
 _BYTES_PER_TOKEN = 4  # a guess, for the load board, where the prompt was not tokenized
 
@@ -122,7 +122,7 @@ class Dispatcher:
             self._metrics.unkeyed.labels(prompt.unkeyed).inc()
         else:
             self._metrics.tokenize_seconds.observe(time.perf_counter() - started)
-        session = exchange.client.header(_SESSION) or prompt.session
+        session = exchange.client.header(SESSION) or prompt.session
         try:
             placements = await self._router.place(
                 prompt.model, prompt.keys, prompt.tokens, affinity=prompt.affinity, session=session
@@ -155,13 +155,14 @@ class Dispatcher:
             raise NoWorker(ask.model or "")
         raise UnknownModel(ask.model or "")
 
-    async def explain(self, body: bytes) -> dict[str, Any]:
-        """Where a request with this body would go now, and why.  A dry run.  Raises GatewayError."""
+    async def explain(self, body: bytes, session: bytes = b"") -> dict[str, Any]:
+        """Where a request with this body, and this x-session-id, would go now, and why.  A dry run.  Raises
+        GatewayError."""
         ask, model, body = self._read(body)
         prompt = await self._prompt(model, ask, body, chat=ask.messages is not None)
         try:
             decision = await self._router.explain(
-                model, prompt.keys, prompt.tokens, prompt.affinity, prompt.session
+                model, prompt.keys, prompt.tokens, prompt.affinity, session or prompt.session
             )
         except NobodyReady as exc:
             raise NoWorker(model) from exc

@@ -185,7 +185,11 @@ def check_handshake(worker: Mapping[str, Any]) -> Finding:
     """Whether gateway and worker name chunks alike; without that, routing is by hashing only."""
     name = f"handshake, {worker.get('id', '?')}"
     if worker.get("state") != "ready":
-        fix = "see its log; it takes traffic again once its /health answers"
+        fix = (
+            "POST /admin/workers/{id}/resume gives it traffic again"
+            if worker.get("state") in ("drained", "draining")
+            else "see its log; it takes traffic again once its /health answers"
+        )
         return Finding(name, "warn", f"the worker is {worker.get('state', '?')}", fix)
     if not worker.get("namespace"):
         fix = "start it with `cairn worker`, so that it runs Cairn's connector and registers itself"

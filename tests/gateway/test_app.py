@@ -383,8 +383,10 @@ def test_a_session_stays_with_its_worker_however_it_is_named(told: str) -> None:
                 body = {**BODY, "messages": [{"role": "user", "content": f"{session} {n}"}]}
                 named = {} if told == "header" else {told: session}
                 headers = {"x-cairn-explain": "1"} | ({"x-session-id": session} if told == "header" else {})
+                said = client.post("/admin/route/explain", json=body | named, headers=headers).json()
                 reply = client.post(CHAT, json=body | named, headers=headers)
-                seen.add(reply.headers["x-cairn-worker"])
+                assert reply.headers["x-cairn-worker"] == said["worker"]
+                seen.add(said["worker"])
             assert len(seen) == 1
             homes |= seen
         assert len(homes) > 1
