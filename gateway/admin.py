@@ -10,7 +10,7 @@ from cacheengine.errors import IndexDown
 from gateway.dispatch import SESSION, Dispatcher
 from gateway.errors import BodyTooLarge, GatewayError
 from router.registry import UnknownWorker
-from router.router import Router
+from router.router import DECISIONS, Router
 
 
 def admin(router: Router, dispatcher: Dispatcher, max_body_bytes: int) -> APIRouter:
@@ -46,7 +46,7 @@ def admin(router: Router, dispatcher: Dispatcher, max_body_bytes: int) -> APIRou
     @api.get("/decisions")
     async def decisions(limit: int = 100) -> dict[str, Any]:
         """The newest placements first, each with all it takes to replay it."""
-        return {"decisions": list(islice(reversed(router.decisions), max(0, limit)))}
+        return {"decisions": list(islice(reversed(router.decisions), max(0, min(limit, DECISIONS))))}
 
     @api.post("/route/explain")
     async def explain(request: Request) -> Any:

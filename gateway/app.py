@@ -47,7 +47,7 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
     index = IndexReader(url, config.index_deadline_ms) if url else None
     board = LoadBoard()
     trust = Trust()
-    registry = _registry(config, http, fleet, orders, board, trust)
+    registry = _registry(config, http, fleet, orders, board, trust, metrics)
     router = Router(
         registry,
         board,
@@ -95,10 +95,12 @@ def _registry(
     orders: Orders | None,
     board: LoadBoard,
     trust: Trust,
+    metrics: Metrics,
 ) -> Registry:
     def gone(worker_id: str) -> None:
         board.forget(worker_id)
         trust.forget(worker_id)
+        metrics.left(worker_id)
 
     return Registry(
         http,

@@ -29,6 +29,9 @@ class Ask(msgspec.Struct, frozen=True):
     prompt_embeds: Any = None
     kv_transfer_params: Any = None
     cache_salt: Any = None
+    prompt_logprobs: Any = None
+    echo: Any = None
+    logprobs: Any = None
     prompt_cache_key: Any = None
     user: Any = None
 
@@ -45,9 +48,12 @@ class Ask(msgspec.Struct, frozen=True):
 
     @property
     def keyable(self) -> bool:
-        """False when something beyond chat template and tokenizer shapes the prompt."""
+        """False when something beyond chat template and tokenizer shapes the prompt, or no cache may be read
+        for it: what is asked about every prompt token has to be computed for every prompt token."""
         return (
-            self.chat_template is None
+            self.prompt_logprobs is None
+            and not (self.echo and self.logprobs is not None)
+            and self.chat_template is None
             and self.truncate_prompt_tokens is None
             and self.prompt_embeds is None
             and not (
@@ -73,7 +79,11 @@ def read_ask(body: bytes) -> Ask:
 
 
 def renamed(body: bytes, model: str) -> bytes:
-    """The same request for another model: every other member keeps its bytes.  `body` was read before."""
-    members = _members.decode(body)
+    """The same request for another model: every other member keeps its bytes.  Raises BadRequest for names of
+    members that read_ask() had no need to read."""
+    try:
+        members = _members.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise BadRequest(f"The request body is not valid JSON: {exc}.") from exc
     members["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(members)

@@ -56,6 +56,7 @@ class Prompt:
     affinity: bytes
     unkeyed: str = ""  # why there are no keys
     session: bytes = b""  # the caller's own name for the conversation
+    alone: bool = True  # the body has this one prompt: what the worker says of its cache is about it
 
 
 @dataclass(slots=True)
@@ -171,7 +172,7 @@ class Dispatcher:
     async def _prompt(self, model: str, ask: Ask, body: bytes, chat: bool) -> Prompt:
         """Chunk keys where we can make them; else the body's first bytes keep a conversation together."""
         keys: Sequence[ChunkKey] = ()
-        total, unkeyed = len(body) // _BYTES_PER_TOKEN, ""
+        total, unkeyed, alone = len(body) // _BYTES_PER_TOKEN, "", True
         registry = self._router.registry
         try:
             scheme = registry.scheme(model)
@@ -184,12 +185,12 @@ class Dispatcher:
             tags = (*ask.tags, ("lora", model)) if registry.adapter(model) else ask.tags
             work = partial(_keys, tokenizer, scheme, ask, chat, tags)
             if len(body) <= _INLINE_BYTES:
-                keys, total = work()
+                keys, total, alone = work()
             else:
-                keys, total = await asyncio.get_running_loop().run_in_executor(self._pool, work)
+                keys, total, alone = await asyncio.get_running_loop().run_in_executor(self._pool, work)
         except Unkeyable as exc:
             unkeyed = exc.reason
-        return Prompt(model, keys, total, body[:_AFFINITY_BYTES], unkeyed, ask.session)
+        return Prompt(model, keys, total, body[:_AFFINITY_BYTES], unkeyed, ask.session, alone)
 
     async def _try_each(self, exchange: Exchange, prompt: Prompt, placements: Sequence[Placement]) -> None:
         """Best first, until a worker's first byte has reached the client.  Raises GatewayError."""
@@ -238,15 +239,16 @@ class Dispatcher:
     def _learn(self, answer: Answer, placement: Placement, prompt: Prompt) -> None:
         if answer.status == 200 and (cached := answer.cached_tokens) is not None:
             self._metrics.learned(placement.worker.id, placement.expected_hit_tokens, cached)
-            self._router.learn(placement, prompt.tokens, cached)
+            if prompt.alone:
+                self._router.learn(placement, prompt.tokens, cached)
 
 
 def _keys(
     tokenizer: ModelTokenizer, scheme: KeyScheme, ask: Ask, chat: bool, tags: Sequence[tuple[str, str]]
-) -> tuple[Sequence[ChunkKey], int]:
-    """Chunk keys of the (longest) prompt and the tokens of all.  Raises Unkeyable."""
+) -> tuple[Sequence[ChunkKey], int, bool]:
+    """Chunk keys of the (longest) prompt, the tokens of all, whether it is alone.  Raises Unkeyable."""
     tokens = tokenizer.tokens(ask, chat)
-    return scheme.keys(tokens.ids, tags), tokens.total
+    return scheme.keys(tokens.ids, tags), tokens.total, tokens.total == len(tokens.ids)
 
 
 def _explanation(client: Client, placement: Placement) -> Headers:

@@ -4,6 +4,7 @@ Labels are bounded: models and workers are those the fleet registry knows, never
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -73,6 +74,12 @@ class Metrics:
         self.actual_hit.labels(worker_id).inc(actual)
         if predicted:
             self.precision.observe(min(actual, predicted) / predicted)
+
+    def left(self, worker_id: str) -> None:
+        """Labels of a worker that is gone go too: names of pods never come back."""
+        for counter in (self.predicted_hit, self.actual_hit):
+            with suppress(KeyError):
+                counter.remove(worker_id)
 
     def fleet(self, trust: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
         """Gauges about workers, as of now: worker → part → state and precision."""

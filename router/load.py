@@ -50,7 +50,6 @@ class LoadBoard:
         """A request goes to this worker now."""
         tokens = max(0, prompt_tokens - expected_hit)
         row = self._rows.setdefault(worker_id, _Row())
-        self._left.discard(worker_id)
         row.inflight += 1
         row.prefilling += tokens
         self._changed(worker_id, row)

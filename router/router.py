@@ -31,7 +31,8 @@ from router.worker import Worker
 
 log = logging.getLogger(__name__)
 
-DECISIONS = 1000
+DECISIONS = 1000  # kept, and fewer in a large fleet:
+MAX_CANDIDATES = 64_000  # in all of them, about 50 MB
 FALLBACK = "prefix_ring"  # what runs when the index cannot be asked
 
 
@@ -74,7 +75,8 @@ class Router:
         self._index, self._clock, self._on_decision = index, clock, on_decision
         self._survey = Survey(board, self.trust, clock, by_session=policy == "session")
         self._turn = 0
-        self.decisions: deque[dict[str, Any]] = deque(maxlen=DECISIONS)
+        self.decisions: deque[dict[str, Any]] = deque()
+        self._kept = 0  # candidates in them
 
     async def place(
         self,
@@ -134,6 +136,9 @@ class Router:
     def learn(self, placement: Placement, prompt_tokens: int, cached_tokens: int) -> None:
         """The worker answered, and says how many prompt tokens it did not have to compute."""
         worker = placement.worker
+        known = self.registry.find(worker.id)
+        if known is None or known.boot_id != worker.boot_id:
+            return  # it left meanwhile, or is another process now
         local, shared = _loadable(worker, placement.claimed, prompt_tokens)
         self.trust.heard(worker, "local", local, cached_tokens)
         if cached_tokens >= local:  # or the shared part was out of reach
@@ -264,6 +269,9 @@ class Router:
 
     def _note(self, decision: dict[str, Any]) -> None:
         self.decisions.append(decision)
+        self._kept += len(decision["candidates"])
+        while self._kept > MAX_CANDIDATES or len(self.decisions) > DECISIONS:
+            self._kept -= len(self.decisions.popleft()["candidates"])
         if self._on_decision is not None:
             self._on_decision(decision)
 

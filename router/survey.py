@@ -16,7 +16,7 @@ from router.worker import Worker
 
 Holders = Mapping[tuple[str, int], Depths]
 
-_RINGS = 16  # memberships remembered: models, and retries that exclude one
+_RINGS = 128  # memberships remembered: models, and retries that exclude one
 
 
 class Question(NamedTuple):
@@ -106,7 +106,7 @@ class Survey:
         members = tuple(sorted(workers))
         if (ring := self._rings.get(members)) is None:
             if len(self._rings) >= _RINGS:
-                self._rings.clear()
+                del self._rings[next(iter(self._rings))]
             ring = self._rings[members] = Ring(members)
         return ring
 

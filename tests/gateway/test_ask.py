@@ -32,6 +32,18 @@ def test_prompts_shaped_by_more_than_the_template_are_not_keyed() -> None:
     assert not read_ask(b'{"truncate_prompt_tokens": 5}').keyable
 
 
+def test_what_asks_about_every_prompt_token_reads_no_cache_and_is_not_keyed() -> None:
+    assert not read_ask(b'{"prompt_logprobs": 0}').keyable
+    assert not read_ask(b'{"echo": true, "logprobs": 1}').keyable
+    assert read_ask(b'{"echo": true}').keyable
+    assert read_ask(b'{"logprobs": true}').keyable
+
+
+def test_a_name_that_is_no_utf8_is_a_bad_request_also_behind_an_alias() -> None:
+    with pytest.raises(BadRequest):
+        renamed(b'{"model": "alias", "\xff": 1}', "m")
+
+
 def test_a_request_under_an_alias_changes_its_model_and_nothing_else() -> None:
     body = '{"model": "x", "n": 1e400, "messages" : [ {"a":  "ü\\u00fc"} ], "model":"alias"}'.encode()
     assert renamed(body, 'a"b') == '{"model":"a\\"b","n":1e400,"messages":[ {"a":  "ü\\u00fc"} ]}'.encode()

@@ -315,3 +315,25 @@ def test_a_stale_claim_of_an_earlier_process_is_not_held_against_the_next() -> N
     worker = house.place()[0].worker
     assert not house.router.trust.believes(worker, "local")
     assert house.router.trust.believes(replace(worker, boot_id="2"), "local")
+
+
+@pytest.mark.parametrize("change", [{"id": "gone"}, {"boot_id": "another life"}])
+def test_what_a_worker_that_left_still_says_is_not_remembered(change: dict[str, str]) -> None:
+    house = House({"a": Depths(device=8)})
+    placement = house.place()[0]
+    left = replace(placement, worker=replace(placement.worker, **change))
+    for _ in range(5):
+        house.answer(left, 0)
+    assert house.router.trust._rows == {}
+    house.answer(placement, 0)
+    assert house.router.trust._rows != {}
+
+
+def test_the_log_of_decisions_is_bounded_by_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.router.MAX_CANDIDATES", 10)
+    house = House(dict.fromkeys("abcd", Depths()))
+    placements = [house.place()[0] for _ in range(5)]
+    assert len(house.router.decisions) == 2
+    house.answer(placements[-1], 7)
+    assert [line["actual_hit_tokens"] for line in house.router.decisions] == [None, 7]
+    house.answer(placements[0], 7)  # its line is gone

@@ -59,6 +59,16 @@ def test_a_worker_that_left_is_forgotten_when_its_last_request_ends() -> None:
     board.check()
 
 
+def test_a_request_to_a_worker_that_left_keeps_no_row_behind() -> None:
+    board = LoadBoard()
+    first = board.start("a", 100, 0)
+    board.forget("a")
+    second = board.start("a", 100, 0)  # chosen just before the worker left
+    first.done()
+    second.done()
+    assert board._rows == {}
+
+
 def test_ten_thousand_random_steps_leave_the_books_at_zero() -> None:
     board, rng, live = LoadBoard(), random.Random(0), []
     for _ in range(10_000):
