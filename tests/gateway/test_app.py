@@ -198,6 +198,7 @@ def test_a_workers_own_errors_are_relayed_and_not_retried(status: int) -> None:
 def test_a_busy_worker_is_replaced_by_another(body: dict[str, Any]) -> None:
     busy, idle = FakeVLLM(status=503), FakeVLLM()
     with serve(busy) as a, serve(idle) as b, gateway(a, b, policy="round_robin") as client:
+        wait_until(lambda: client.get("/health/ready").json()["workers"] == 2)
         assert [client.post(CHAT, json=body).status_code for _ in range(4)] == [200] * 4
         assert metric(client, "cairn_gateway_retries_total") == len(busy.asked) > 0
         wait_until(lambda: quiet(client))
