@@ -76,6 +76,7 @@ class Registry:
         self._known: dict[str, _Known] = {}
         self._heard: set[int] = set()  # sources (by their place) that have answered before
         self._distrusted: set[tuple[str, str]] = set()  # (worker id, boot id)
+        self._troubles: set[str] = set()  # that were logged and last
         self._ready: tuple[Worker, ...] = ()
         self._by_model: dict[str, tuple[Worker, ...]] = {}
         self._schemes: dict[str, KeyScheme | None] = {}
@@ -174,7 +175,7 @@ class Registry:
     async def refresh(self) -> None:
         """Ask the sources, then those workers who must prove themselves."""
         named, _ = await asyncio.gather(
-            asyncio.gather(*(self._ask(source) for source in self._sources)), self._read_orders()
+            asyncio.gather(*map(self._ask, range(len(self._sources)))), self._read_orders()
         )
         self._merge(named)
         asked = [known for known in self._known.values() if not self._vouched(known)]
@@ -199,12 +200,18 @@ class Registry:
             except Exception:  # the top of a task: discovery must outlive a bug in it
                 log.exception("registry")
 
-    async def _ask(self, source: Source) -> Sequence[Worker] | None:
+    async def _ask(self, place: int) -> Sequence[Worker] | None:
+        source = self._sources[place]
         try:
-            return await source.read()
+            workers = await source.read()
         except SourceDown as exc:
             log.debug("keeping the last known workers: %s", exc)
             return None
+        except Exception:  # noqa: BLE001  nothing one source says may keep the others from being heard
+            self._complain(f"workers of source {place} ({source.name})")
+            return None
+        self._troubles.discard(f"workers of source {place} ({source.name})")
+        return workers
 
     async def _read_orders(self) -> None:
         if self._store is None:
@@ -215,8 +222,18 @@ class Registry:
         except IndexDown as exc:
             log.debug("keeping the last known orders: %s", exc)
             return
+        except Exception:  # noqa: BLE001  as above
+            self._complain("orders")
+            return
+        self._troubles.discard("orders")
         if given == self._given:  # or it was read before the order that was given meanwhile
             self._orders = orders
+
+    def _complain(self, about: str) -> None:
+        """Once, not every second."""
+        if about not in self._troubles:
+            log.warning("keeping the last known %s", about, exc_info=True)
+            self._troubles.add(about)
 
     def _merge(self, named: Sequence[Sequence[Worker] | None]) -> None:
         """The earlier source keeps an id and a URL that a later one names too."""
@@ -281,7 +298,7 @@ class Registry:
     async def _healthy(self, worker: Worker) -> bool:
         try:
             reply = await self._http.get(f"{worker.url}/health", timeout=HEALTH_SECONDS)
-        except httpx.HTTPError:
+        except Exception:  # noqa: BLE001  no worker's address may keep the others from being asked
             return False
         return reply.status_code == 200
 
@@ -297,8 +314,8 @@ class Registry:
         try:
             reply = await self._http.get(f"{known.worker.url}/v1/models", timeout=HEALTH_SECONDS)
             cards = msgspec.json.decode(reply.content, type=_Cards).data
-        except (httpx.HTTPError, msgspec.DecodeError):
-            return  # what was known stands
+        except Exception:  # noqa: BLE001  as above; what was known stands
+            return
         known.adapters = tuple(sorted({card.id for card in cards if card.parent}))
 
     # -- what follows ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from cacheengine.index_schema import FLEET, WorkerInfo, lease_name
 from cacheengine.keys import KeyScheme, namespace_of, probe_keys
 from router.registry import ADAPTERS_SECONDS, Registry, UnknownWorker
 from router.sources import STALE_SECONDS, WorkersFile
-from router.worker import StaticWorker
+from router.worker import StaticWorker, Worker
 from tests.conftest import ValkeyServer
 
 T = TypeVar("T")
@@ -459,3 +459,65 @@ def test_an_order_given_while_the_orders_are_read_is_not_forgotten(house: House)
 
     house.run(meanwhile())
     assert [worker.id for worker in registry.snapshot()] == ["b"]
+
+
+class Scripted:
+    """A source that does as it is told."""
+
+    name, vouches, grace_seconds = "scripted", False, 0.0
+
+    def __init__(self, *workers: Worker) -> None:
+        self.workers, self.trouble = list(workers), ""
+
+    async def read(self) -> list[Worker]:
+        if self.trouble:
+            raise OverflowError(self.trouble)
+        return self.workers
+
+
+def test_a_source_with_a_bug_stops_nobody_else_and_is_complained_about_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    odd, other = Scripted(Worker("a", "http://a:1", "m")), Scripted(Worker("b", "http://b:1", "m"))
+    house = House(None, sources=[odd, other])
+    try:
+        assert house.look() == "ab"
+        odd.trouble = "too large"
+        other.workers = [Worker("c", "http://c:1", "m")]
+        for _ in range(3):
+            assert house.look() == "Ac"
+        assert caplog.text.count("OverflowError: too large") == 1
+        odd.trouble = ""
+        assert house.look() == "ac"
+    finally:
+        house.close()
+
+
+def test_orders_that_make_no_sense_stop_nobody(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    house.lease(A, B)
+    house.look()
+    house.run(house.registry.order("a", "drain"))
+
+    async def nonsense() -> Any:
+        raise UnicodeError("no UTF-8")
+
+    assert house._orders
+    house._orders.read = nonsense  # type: ignore[method-assign]
+    house.lease(replace(A, worker_id="c", url="http://c:1"))
+    for _ in range(2):
+        assert house.look() == "bc"
+    assert caplog.text.count("UnicodeError: no UTF-8") == 1
+
+
+@pytest.mark.parametrize("url", ["http://c:8O00", "http://c:99999", "http://a..b:80"])
+def test_a_worker_whose_address_cannot_be_asked_is_down_alone(url: str) -> None:
+    source = Scripted(Worker("bad", url, "m"), Worker("b", "http://127.0.0.1:1", "m"))
+
+    async def look() -> list[str]:
+        async with httpx.AsyncClient(trust_env=False) as http:
+            registry = Registry(http, sources=[source])
+            await registry.refresh()
+            await registry._look_for_adapters(registry._known["bad"])
+            return [row["state"] for row in registry.describe()]
+
+    assert asyncio.run(look()) == ["down", "down"]
