@@ -1,8 +1,10 @@
 """Which workers take traffic.  Nothing else in the gateway knows that discovery exists.
 
 Workers are named by sources (router/sources.py).  A worker takes traffic once its /health answered 200, and
-leaves when a request could not connect, until /health answers again.  When its source does not name it any
-more, or cannot be asked, the last known worker stays, marked stale, as long as its /health answers.
+leaves when a request could not connect, until /health answers again.  When its source cannot be asked, the
+last known worker stays, marked stale, as long as its /health answers.  So it does when its lease is gone: a
+Redis that refuses writes loses the leases of workers that are well.  A file or a name server that answers
+without it means it: then it leaves, after the source's grace.
 
 Operators drain workers (no new traffic until resumed; what is under way finishes) and remove them (forgotten
 until they restart or are resumed).  Such orders hold for every gateway of the fleet where there is a Redis.
@@ -45,6 +47,7 @@ class _Known:
     source: Source
     since: float | None  # when it was ready first; None: not yet
     ready: bool = False  # /health said so, and no request found otherwise since
+    healthy: bool = False  # what /health said last
     gone_since: float | None = None  # its source answered without it
     adapters: tuple[str, ...] = ()
     adapters_asked: float = -math.inf
@@ -186,7 +189,7 @@ class Registry:
         for known, healthy in zip(asked, answers, strict=True):
             if healthy != known.ready:
                 log.info("worker %s is %s", known.worker.id, "ready" if healthy else "not ready")
-            known.ready = healthy
+            known.ready = known.healthy = healthy
             if healthy and known.since is None:
                 known.since = self._clock()
         self._publish()
@@ -245,7 +248,10 @@ class Registry:
                     self._meet(worker, source, new=place in self._heard)
                     ids.add(worker.id)
             taken = urls | {worker.url for worker in workers or ()}
-            self._miss(source, None if workers is None else ids, taken)
+            later = {
+                word for others in named[place + 1 :] for one in others or () for word in (one.id, one.url)
+            }
+            self._miss(source, None if workers is None else ids, taken, later)
             if workers is not None:
                 self._heard.add(place)
             mine = [known.worker for known in self._known.values() if known.source is source]
@@ -267,8 +273,9 @@ class Registry:
         else:
             known.worker, known.source, known.gone_since = worker, source, None
 
-    def _miss(self, source: Source, seen: set[str] | None, taken: set[str]) -> None:
-        """`seen` None: the source could not be asked.  `taken`: URLs that belong to those who were named."""
+    def _miss(self, source: Source, seen: set[str] | None, taken: set[str], later: set[str]) -> None:
+        """`seen` None: the source could not be asked.  `taken`: URLs that belong to those who were named.
+        `later`: ids and URLs named by the sources after it."""
         now = self._clock()
         for known in [known for known in self._known.values() if known.source is source]:
             worker = known.worker
@@ -282,7 +289,10 @@ class Registry:
                 if known.gone_since is None:
                     known.gone_since = now
                     known.worker = replace(worker, stale=True)
-                if not source.grace_seconds or now - known.gone_since > source.grace_seconds:
+                # of a lease that is gone nobody said that it should go: ask the worker itself
+                kept = source.vouches and known.healthy and not later & {worker.id, worker.url}
+                over = not source.grace_seconds or now - known.gone_since > source.grace_seconds
+                if over and not kept:
                     self._drop(worker.id, "left")
 
     def _drop(self, worker_id: str, why: str) -> None:

@@ -156,12 +156,51 @@ def test_a_worker_whose_lease_is_gone_takes_no_traffic_when_sick_and_is_forgotte
     house.look()
     house.unlease(A)
     house.unlease(B)
-    house.sick = {"b"}
-    assert house.look() == "A"
+    house.sick = {"a", "b"}
+    assert house.look() == ""
+    assert house.left == []
     house.now += STALE_SECONDS + 1
     assert house.look() == ""
     assert sorted(house.left) == ["a", "b"]
     assert house.registry.describe() == []
+
+
+def test_a_worker_whose_lease_is_gone_stays_as_long_as_its_health_answers(house: House) -> None:
+    """A Redis that is full answers reads and refuses heartbeats: its leases expire."""
+    house.lease(A, B)
+    assert house.look() == "ab"
+    house.unlease(A)
+    house.unlease(B)
+    for _ in range(3):
+        house.now += STALE_SECONDS + 1
+        assert house.look() == "AB"
+    house.registry.mark_down("a")  # one request that could not connect is not /health
+    house.now += STALE_SECONDS + 1
+    assert house.look() == "AB"
+    house.lease(A)
+    house.sick = {"b"}
+    assert house.look() == "a"
+    house.look()
+    assert house.left == ["b"]
+    house.unlease(A)
+    house.look()
+    house.run(house.registry.order("a", "remove"))
+    assert house.look() == ""
+    assert house.left == ["b", "a"]
+
+
+def test_a_worker_that_a_source_leaves_out_leaves_however_healthy_it_is() -> None:
+    source = Scripted(Worker("a", "http://a:1", "m"))
+    source.grace_seconds = STALE_SECONDS
+    house = House(None, sources=[source])
+    try:
+        assert house.look() == "a"
+        source.workers = []
+        assert house.look() == "A"
+        house.now += STALE_SECONDS + 1
+        assert house.look() == ""
+    finally:
+        house.close()
 
 
 def test_a_worker_that_comes_back_under_another_name_is_not_there_twice(house: House) -> None:
