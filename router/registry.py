@@ -169,7 +169,8 @@ class Registry:
         self._given += 1
         self._orders = {**self._orders, worker_id: order} if order else _without(self._orders, worker_id)
         log.info("worker %s: %s", worker_id, what)
-        if order.startswith(REMOVED):
+        known = self._known.get(worker_id)  # a refresh or another order may have come first
+        if known is not None and self._removed(known.worker):
             self._drop(worker_id, "was removed")
         self._publish()
 
@@ -183,7 +184,7 @@ class Registry:
         self._merge(named)
         asked = [known for known in self._known.values() if not self._vouched(known)]
         answers, _ = await asyncio.gather(
-            asyncio.gather(*(self._healthy(known.worker) for known in asked)),
+            asyncio.gather(*map(self._healthy, asked)),
             asyncio.gather(*map(self._look_for_adapters, self._curious())),
         )
         for known, healthy in zip(asked, answers, strict=True):
@@ -305,9 +306,11 @@ class Registry:
         """A fresh lease speaks for a worker that was ready; everybody else is asked."""
         return known.ready and known.source.vouches and not known.worker.stale
 
-    async def _healthy(self, worker: Worker) -> bool:
+    async def _healthy(self, known: _Known) -> bool:
         try:
-            reply = await self._http.get(f"{worker.url}/health", timeout=HEALTH_SECONDS)
+            reply = await self._http.get(f"{known.worker.url}/health", timeout=HEALTH_SECONDS)
+        except httpx.PoolTimeout:  # it was not asked
+            return known.ready
         except Exception:  # noqa: BLE001  no worker's address may keep the others from being asked
             return False
         return reply.status_code == 200

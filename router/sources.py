@@ -143,9 +143,12 @@ class Dns:
 
 
 class WorkersFile:
-    """A YAML (or JSON) list of `model=http://host:port`, read again whenever it changes."""
+    """A YAML (or JSON) list of `model=http://host:port`, read again whenever it changes.
 
-    name, vouches, grace_seconds = "file", False, 0.0
+    It may be seen half written: one that is empty is a source that is down (`[]` is nobody), and a worker
+    that is not in it leaves after a while."""
+
+    name, vouches, grace_seconds = "file", False, STALE_SECONDS
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
@@ -176,7 +179,7 @@ class WorkersFile:
 def _listed(document: object) -> list[Worker]:
     """Raises ValueError."""
     if document is None:
-        return []
+        raise ValueError("it is empty; a list of nobody is []")
     if not isinstance(document, list) or not all(isinstance(line, str) for line in document):
         raise ValueError("it should be a list of model=http://host:port")
     workers = []

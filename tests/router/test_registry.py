@@ -462,7 +462,7 @@ def test_an_adapter_is_served_by_those_who_have_it(house: House) -> None:
     assert len(house.registry.workers_for("fr")) == 2
 
 
-def test_what_a_file_says_holds_within_a_refresh(tmp_path: Path) -> None:
+def test_what_a_file_says_holds_within_a_refresh_and_whom_it_leaves_out_leaves_later(tmp_path: Path) -> None:
     path = tmp_path / "workers.yaml"
     path.write_text("- m=http://a:1\n- m=http://b:1")
     house = House(None, StaticWorker("http://b:1", "m"), sources=[WorkersFile(path)])
@@ -470,7 +470,12 @@ def test_what_a_file_says_holds_within_a_refresh(tmp_path: Path) -> None:
         assert house.look() == "a:1b:1"
         assert [row["source"] for row in house.registry.describe()] == ["file", "static"]
         path.write_text("- m=http://c:1\n- m=http://b:1 ")
+        assert house.look() == "A:1b:1c:1"
+        house.now += STALE_SECONDS + 1
         assert house.look() == "b:1c:1"
+        path.write_text("")
+        house.now += STALE_SECONDS + 1
+        assert house.look() == "b:1C:1"  # it is being rewritten
         path.write_text("oops")
         assert house.look() == "b:1C:1"
         assert house.left == ["a:1"]
@@ -560,3 +565,67 @@ def test_a_worker_whose_address_cannot_be_asked_is_down_alone(url: str) -> None:
             return [row["state"] for row in registry.describe()]
 
     assert asyncio.run(look()) == ["down", "down"]
+
+
+def test_a_worker_that_could_not_be_asked_for_want_of_a_connection_is_as_it_was(house: House) -> None:
+    house.lease(A, B)
+    house.sick = {"b"}
+    assert house.look() == "a"
+    house.unlease(A)
+    full: list[str] = []
+
+    def no_connection(request: httpx.Request) -> httpx.Response:
+        full.append(request.url.host)
+        raise httpx.PoolTimeout("full")
+
+    house.registry._http = httpx.AsyncClient(transport=httpx.MockTransport(no_connection))
+    assert house.look() == "A"
+    assert {"a", "b"} <= set(full)
+
+
+def test_two_orders_at_once_to_remove_a_worker_remove_it_once(house: House) -> None:
+    house.lease(A, B)
+    house.look()
+
+    async def both() -> None:
+        await asyncio.gather(*(house.registry.order("a", "remove") for _ in range(2)))
+
+    house.run(both())
+    assert house.left == ["a"]
+    assert [worker.id for worker in house.registry.snapshot()] == ["b"]
+
+
+def test_an_order_to_remove_a_worker_that_a_refresh_has_removed_meanwhile_is_obeyed(house: House) -> None:
+    house.lease(A, B)
+    house.look()
+    registry, orders = house.registry, house._orders
+    assert orders
+    give = orders.give
+
+    async def slow(worker_id: str, order: str) -> None:
+        await give(worker_id, order)
+        await registry.refresh()  # it reads the order before the reply is here
+
+    orders.give = slow  # type: ignore[method-assign]
+    house.run(registry.order("a", "remove"))
+    assert house.left == ["a"]
+    assert [worker.id for worker in registry.snapshot()] == ["b"]
+    assert registry.removed() == ["a"]
+
+
+def test_an_order_to_remove_one_life_does_not_remove_the_next(house: House) -> None:
+    house.lease(A)
+    house.look()
+    registry, orders = house.registry, house._orders
+    assert orders
+    give = orders.give
+
+    async def slow(worker_id: str, order: str) -> None:
+        await give(worker_id, order)
+        house.lease(replace(A, boot_id="2"))
+        await registry.refresh()
+
+    orders.give = slow  # type: ignore[method-assign]
+    house.run(registry.order("a", "remove"))
+    assert house.look() == "a"
+    assert house.left == []

@@ -149,13 +149,15 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
     assert urls(asyncio.run(file.read())) == ["http://a:1", "http://b:1"]
     rewrite(path, '["m=http://c:1/"]')  # JSON is YAML
     assert urls(asyncio.run(file.read())) == ["http://c:1"]
-    rewrite(path, "")
+    rewrite(path, "[]")
     assert asyncio.run(file.read()) == []
 
 
 @pytest.mark.parametrize(
     "text",
     [
+        "",
+        "# nobody",
         "a: [",
         "workers: []",
         "- 5",
