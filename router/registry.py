@@ -79,6 +79,7 @@ class Registry:
         self._known: dict[str, _Known] = {}
         self._heard: set[int] = set()  # sources (by their place) that have answered before
         self._distrusted: set[tuple[str, str]] = set()  # (worker id, boot id)
+        self._proving = False  # a refresh waits for answers: who came may stand in for who went
         self._troubles: set[str] = set()  # that were logged and last
         self._ready: tuple[Worker, ...] = ()
         self._by_model: dict[str, tuple[Worker, ...]] = {}
@@ -183,10 +184,14 @@ class Registry:
         )
         self._merge(named)
         asked = [known for known in self._known.values() if not self._vouched(known)]
-        answers, _ = await asyncio.gather(
-            asyncio.gather(*map(self._healthy, asked)),
-            asyncio.gather(*map(self._look_for_adapters, self._curious())),
-        )
+        self._proving = True
+        try:
+            answers, _ = await asyncio.gather(
+                asyncio.gather(*map(self._healthy, asked)),
+                asyncio.gather(*map(self._look_for_adapters, self._curious())),
+            )
+        finally:
+            self._proving = False
         for known, healthy in zip(asked, answers, strict=True):
             if healthy != known.ready:
                 log.info("worker %s is %s", known.worker.id, "ready" if healthy else "not ready")
@@ -346,6 +351,17 @@ class Registry:
             return 1.0
         return round(min(1.0, max(0.0, (self._clock() - known.since) / self._warmup)), 4)
 
+    def _before(self, urls: set[str]) -> list[Worker]:
+        """Those who took traffic when the refresh began, and whose successors have not answered yet."""
+        held = []
+        for worker in self._ready:
+            now = self._known.get(worker.id)
+            same = now and (now.worker.boot_id, now.worker.url) == (worker.boot_id, worker.url)
+            ordered = self._removed(worker) or self._orders.get(worker.id) == DRAINED
+            if not same and not ordered and worker.url not in urls:
+                held.append(worker)
+        return held
+
     def _publish(self) -> None:
         ready = []
         for _, known in sorted(self._known.items()):
@@ -355,6 +371,8 @@ class Registry:
                 ready.append(
                     known.worker if plain else replace(known.worker, share=share, adapters=known.adapters)
                 )
+        if self._proving:
+            ready = sorted([*ready, *self._before({worker.url for worker in ready})], key=lambda one: one.id)
         by_model: dict[str, list[Worker]] = {}
         for worker in ready:
             by_model.setdefault(worker.model, []).append(worker)

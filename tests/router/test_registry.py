@@ -629,3 +629,46 @@ def test_an_order_to_remove_one_life_does_not_remove_the_next(house: House) -> N
     house.run(registry.order("a", "remove"))
     assert house.look() == "a"
     assert house.left == []
+
+
+def test_a_word_in_the_middle_of_a_refresh_takes_no_traffic_from_those_it_is_not_about() -> None:
+    """Names change (a lease is gone, the address is known from elsewhere) while somebody is marked down."""
+    before = [Worker(id_, f"http://{id_}:1", "m", boot_id="1") for id_ in "abcd"]
+    source = Scripted(*before)
+    seen: list[str] = []
+
+    async def main() -> None:
+        asked, answer = asyncio.Event(), asyncio.Event()
+        answer.set()
+
+        async def health(request: httpx.Request) -> httpx.Response:
+            asked.set()
+            await answer.wait()
+            return httpx.Response(200, json={"data": []})
+
+        async with httpx.AsyncClient(transport=httpx.MockTransport(health)) as http:
+            registry = Registry(http, sources=[source])
+
+            def look() -> None:
+                seen.append(" ".join(worker.id + worker.boot_id for worker in registry.snapshot()))
+
+            await registry.refresh()
+            look()
+            a, b, c, d = before
+            source.workers = [replace(a, boot_id="2"), replace(b, id="z"), c, d]
+            asked.clear()
+            answer.clear()
+            refresh = asyncio.create_task(registry.refresh())
+            await asked.wait()
+            registry.mark_down("c")
+            look()
+            await registry.order("d", "drain")
+            look()
+            await registry.order("d", "resume")
+            look()
+            answer.set()
+            await refresh
+            look()
+
+    asyncio.run(main())
+    assert seen == ["a1 b1 c1 d1", "a1 b1 d1", "a1 b1", "a1 b1 d1", "a2 c1 d1 z1"]
