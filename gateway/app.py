@@ -40,7 +40,9 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
         max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEPALIVE_SECONDS
     )
     carrier = transport or httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
-    http = httpx.AsyncClient(trust_env=False)  # health checks and handshakes, never a client's request
+    # Health checks and handshakes, never a client's request.  No limit either: workers that do not answer
+    # must not keep the others from being asked.
+    http = httpx.AsyncClient(trust_env=False, limits=limits)
     url = config.redis_url
     fleet = Fleet(url) if url else None
     orders = Orders(url) if url else None

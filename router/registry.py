@@ -1,8 +1,10 @@
 """Which workers take traffic.  Nothing else in the gateway knows that discovery exists.
 
 Workers are named by sources (router/sources.py).  A worker takes traffic once its /health answered 200, and
-leaves when a request could not connect, until /health answers again.  When its source does not name it any
-more, or cannot be asked, the last known worker stays, marked stale, as long as its /health answers.
+leaves when a request could not connect, until /health answers again.  When its source cannot be asked, the
+last known worker stays, marked stale, as long as its /health answers.  So it does when its lease is gone: a
+Redis that refuses writes loses the leases of workers that are well.  A file or a name server that answers
+without it means it: then it leaves, after the source's grace.
 
 Operators drain workers (no new traffic until resumed; what is under way finishes) and remove them (forgotten
 until they restart or are resumed).  Such orders hold for every gateway of the fleet where there is a Redis.
@@ -45,6 +47,7 @@ class _Known:
     source: Source
     since: float | None  # when it was ready first; None: not yet
     ready: bool = False  # /health said so, and no request found otherwise since
+    healthy: bool = False  # what /health said last
     gone_since: float | None = None  # its source answered without it
     adapters: tuple[str, ...] = ()
     adapters_asked: float = -math.inf
@@ -76,6 +79,8 @@ class Registry:
         self._known: dict[str, _Known] = {}
         self._heard: set[int] = set()  # sources (by their place) that have answered before
         self._distrusted: set[tuple[str, str]] = set()  # (worker id, boot id)
+        self._proving = False  # a refresh waits for answers: who came may stand in for who went
+        self._troubles: set[str] = set()  # that were logged and last
         self._ready: tuple[Worker, ...] = ()
         self._by_model: dict[str, tuple[Worker, ...]] = {}
         self._schemes: dict[str, KeyScheme | None] = {}
@@ -165,7 +170,8 @@ class Registry:
         self._given += 1
         self._orders = {**self._orders, worker_id: order} if order else _without(self._orders, worker_id)
         log.info("worker %s: %s", worker_id, what)
-        if order.startswith(REMOVED):
+        known = self._known.get(worker_id)  # a refresh or another order may have come first
+        if known is not None and self._removed(known.worker):
             self._drop(worker_id, "was removed")
         self._publish()
 
@@ -174,18 +180,22 @@ class Registry:
     async def refresh(self) -> None:
         """Ask the sources, then those workers who must prove themselves."""
         named, _ = await asyncio.gather(
-            asyncio.gather(*(self._ask(source) for source in self._sources)), self._read_orders()
+            asyncio.gather(*map(self._ask, range(len(self._sources)))), self._read_orders()
         )
         self._merge(named)
         asked = [known for known in self._known.values() if not self._vouched(known)]
-        answers, _ = await asyncio.gather(
-            asyncio.gather(*(self._healthy(known.worker) for known in asked)),
-            asyncio.gather(*map(self._look_for_adapters, self._curious())),
-        )
+        self._proving = True
+        try:
+            answers, _ = await asyncio.gather(
+                asyncio.gather(*map(self._healthy, asked)),
+                asyncio.gather(*map(self._look_for_adapters, self._curious())),
+            )
+        finally:
+            self._proving = False
         for known, healthy in zip(asked, answers, strict=True):
             if healthy != known.ready:
                 log.info("worker %s is %s", known.worker.id, "ready" if healthy else "not ready")
-            known.ready = healthy
+            known.ready = known.healthy = healthy
             if healthy and known.since is None:
                 known.since = self._clock()
         self._publish()
@@ -199,12 +209,18 @@ class Registry:
             except Exception:  # the top of a task: discovery must outlive a bug in it
                 log.exception("registry")
 
-    async def _ask(self, source: Source) -> Sequence[Worker] | None:
+    async def _ask(self, place: int) -> Sequence[Worker] | None:
+        source = self._sources[place]
         try:
-            return await source.read()
+            workers = await source.read()
         except SourceDown as exc:
             log.debug("keeping the last known workers: %s", exc)
             return None
+        except Exception:  # noqa: BLE001  nothing one source says may keep the others from being heard
+            self._complain(f"workers of source {place} ({source.name})")
+            return None
+        self._troubles.discard(f"workers of source {place} ({source.name})")
+        return workers
 
     async def _read_orders(self) -> None:
         if self._store is None:
@@ -215,8 +231,18 @@ class Registry:
         except IndexDown as exc:
             log.debug("keeping the last known orders: %s", exc)
             return
+        except Exception:  # noqa: BLE001  as above
+            self._complain("orders")
+            return
+        self._troubles.discard("orders")
         if given == self._given:  # or it was read before the order that was given meanwhile
             self._orders = orders
+
+    def _complain(self, about: str) -> None:
+        """Once, not every second."""
+        if about not in self._troubles:
+            log.warning("keeping the last known %s", about, exc_info=True)
+            self._troubles.add(about)
 
     def _merge(self, named: Sequence[Sequence[Worker] | None]) -> None:
         """The earlier source keeps an id and a URL that a later one names too."""
@@ -228,7 +254,10 @@ class Registry:
                     self._meet(worker, source, new=place in self._heard)
                     ids.add(worker.id)
             taken = urls | {worker.url for worker in workers or ()}
-            self._miss(source, None if workers is None else ids, taken)
+            later = {
+                word for others in named[place + 1 :] for one in others or () for word in (one.id, one.url)
+            }
+            self._miss(source, None if workers is None else ids, taken, later)
             if workers is not None:
                 self._heard.add(place)
             mine = [known.worker for known in self._known.values() if known.source is source]
@@ -250,8 +279,9 @@ class Registry:
         else:
             known.worker, known.source, known.gone_since = worker, source, None
 
-    def _miss(self, source: Source, seen: set[str] | None, taken: set[str]) -> None:
-        """`seen` None: the source could not be asked.  `taken`: URLs that belong to those who were named."""
+    def _miss(self, source: Source, seen: set[str] | None, taken: set[str], later: set[str]) -> None:
+        """`seen` None: the source could not be asked.  `taken`: URLs that belong to those who were named.
+        `later`: ids and URLs named by the sources after it."""
         now = self._clock()
         for known in [known for known in self._known.values() if known.source is source]:
             worker = known.worker
@@ -265,7 +295,10 @@ class Registry:
                 if known.gone_since is None:
                     known.gone_since = now
                     known.worker = replace(worker, stale=True)
-                if not source.grace_seconds or now - known.gone_since > source.grace_seconds:
+                # of a lease that is gone nobody said that it should go: ask the worker itself
+                kept = source.vouches and known.healthy and not later & {worker.id, worker.url}
+                over = not source.grace_seconds or now - known.gone_since > source.grace_seconds
+                if over and not kept:
                     self._drop(worker.id, "left")
 
     def _drop(self, worker_id: str, why: str) -> None:
@@ -278,10 +311,12 @@ class Registry:
         """A fresh lease speaks for a worker that was ready; everybody else is asked."""
         return known.ready and known.source.vouches and not known.worker.stale
 
-    async def _healthy(self, worker: Worker) -> bool:
+    async def _healthy(self, known: _Known) -> bool:
         try:
-            reply = await self._http.get(f"{worker.url}/health", timeout=HEALTH_SECONDS)
-        except httpx.HTTPError:
+            reply = await self._http.get(f"{known.worker.url}/health", timeout=HEALTH_SECONDS)
+        except httpx.PoolTimeout:  # it was not asked
+            return known.ready
+        except Exception:  # noqa: BLE001  no worker's address may keep the others from being asked
             return False
         return reply.status_code == 200
 
@@ -297,8 +332,8 @@ class Registry:
         try:
             reply = await self._http.get(f"{known.worker.url}/v1/models", timeout=HEALTH_SECONDS)
             cards = msgspec.json.decode(reply.content, type=_Cards).data
-        except (httpx.HTTPError, msgspec.DecodeError):
-            return  # what was known stands
+        except Exception:  # noqa: BLE001  as above; what was known stands
+            return
         known.adapters = tuple(sorted({card.id for card in cards if card.parent}))
 
     # -- what follows ------------------------------------------------------------------------------
@@ -316,6 +351,17 @@ class Registry:
             return 1.0
         return round(min(1.0, max(0.0, (self._clock() - known.since) / self._warmup)), 4)
 
+    def _before(self, urls: set[str]) -> list[Worker]:
+        """Those who took traffic when the refresh began, and whose successors have not answered yet."""
+        held = []
+        for worker in self._ready:
+            now = self._known.get(worker.id)
+            same = now and (now.worker.boot_id, now.worker.url) == (worker.boot_id, worker.url)
+            ordered = self._removed(worker) or self._orders.get(worker.id) == DRAINED
+            if not same and not ordered and worker.url not in urls:
+                held.append(worker)
+        return held
+
     def _publish(self) -> None:
         ready = []
         for _, known in sorted(self._known.items()):
@@ -325,6 +371,8 @@ class Registry:
                 ready.append(
                     known.worker if plain else replace(known.worker, share=share, adapters=known.adapters)
                 )
+        if self._proving:
+            ready = sorted([*ready, *self._before({worker.url for worker in ready})], key=lambda one: one.id)
         by_model: dict[str, list[Worker]] = {}
         for worker in ready:
             by_model.setdefault(worker.model, []).append(worker)

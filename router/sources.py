@@ -19,7 +19,7 @@ import yaml
 
 from cacheengine.errors import IndexDown
 from cacheengine.index_reader import Fleet
-from router.worker import StaticWorker, Worker, from_lease, from_static
+from router.worker import StaticWorker, Worker, base_url, from_lease, from_static
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ STALE_SECONDS = 10.0  # a lease may be late, and a name server may leave out an 
 DNS_SECONDS = 5.0  # between two resolutions of one name
 DNS_PATIENCE = 1.0  # then the last answer stands; the question is not asked twice at a time
 
-_WORKER = re.compile(r"(.+?)=(?:(https?://[^/=]+)|dns://([^/=:]+):(\d+))/?")
+_WORKER = re.compile(r"(.+?)=(?:(https?://[^/=@]+)|dns://([^/=:@]+):([0-9]{1,5}))/?")
 
 
 class SourceDown(Exception):
@@ -56,11 +56,13 @@ class DnsName:
 
 
 def parse_worker(text: str) -> StaticWorker | DnsName:
-    """`model=http://host:port` or `model=dns://host:port`.  Raises ValueError."""
+    """`model=http://host:port` or `model=dns://host:port`.  Raises ValueError, which does not repeat the
+    text: a password may be in it."""
     found = _WORKER.fullmatch(text)
     if found is None:
-        raise ValueError(f"{text!r} should read model=http://host:port or model=dns://host:port")
+        raise ValueError("a worker should read model=http://host:port or model=dns://host:port")
     model, url, host, port = found.groups()
+    base_url(url or f"http://{host}:{port}")
     return StaticWorker(url, model) if url else DnsName(host, int(port), model)
 
 
@@ -131,7 +133,7 @@ class Dns:
         self._ask_at = min(self._ask_at, self._clock() + DNS_SECONDS)
         try:
             addresses = asking.result()
-        except OSError as exc:
+        except (OSError, UnicodeError) as exc:
             raise SourceDown(f"{self._of.host}: {exc}") from exc
         return [from_static(StaticWorker(self._url(one), self._of.model)) for one in sorted(set(addresses))]
 
@@ -141,9 +143,12 @@ class Dns:
 
 
 class WorkersFile:
-    """A YAML (or JSON) list of `model=http://host:port`, read again whenever it changes."""
+    """A YAML (or JSON) list of `model=http://host:port`, read again whenever it changes.
 
-    name, vouches, grace_seconds = "file", False, 0.0
+    It may be seen half written: one that is empty is a source that is down (`[]` is nobody), and a worker
+    that is not in it leaves after a while."""
+
+    name, vouches, grace_seconds = "file", False, STALE_SECONDS
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
@@ -174,13 +179,16 @@ class WorkersFile:
 def _listed(document: object) -> list[Worker]:
     """Raises ValueError."""
     if document is None:
-        return []
+        raise ValueError("it is empty; a list of nobody is []")
     if not isinstance(document, list) or not all(isinstance(line, str) for line in document):
         raise ValueError("it should be a list of model=http://host:port")
     workers = []
-    for line in document:
-        worker = parse_worker(line)
+    for place, line in enumerate(document, 1):
+        try:
+            worker = parse_worker(line)
+        except ValueError as exc:
+            raise ValueError(f"entry {place}: {exc}") from None
         if isinstance(worker, DnsName):
-            raise ValueError(f"{line!r}: names to resolve belong into `workers`")
+            raise ValueError(f"entry {place}: names to resolve belong into `workers`")
         workers.append(from_static(worker))
     return workers

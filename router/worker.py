@@ -1,11 +1,22 @@
 """A worker as the router sees it: what it is, and how busy it said it was."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import httpx
+
 from cacheengine.index_schema import Lease, WorkerInfo
 from cacheengine.keys import KeyScheme, Namespace, probe_keys
+
+MAX_CHUNK_BYTES = 1 << 50  # a lease that says more lies
+MAX_CHUNK_TOKENS = 1 << 24
+MAX_LOAD = 1e15  # of any field of a heartbeat: sums of it stay finite
+
+_LABEL = r"[A-Za-z0-9_-]{1,63}"
+_HOST = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +79,20 @@ class Worker:
 
 
 def from_lease(lease: Lease) -> Worker:
-    """Raises ValueError for a namespace or chunk size that cannot be."""
+    """Raises ValueError for a URL, namespace or size that cannot be."""
     info = lease.info
-    scheme = KeyScheme(Namespace(bytes.fromhex(info.namespace)), info.chunk_tokens)
-    if info.chunk_tokens < 1:
+    if not 1 <= info.chunk_tokens <= MAX_CHUNK_TOKENS:
         raise ValueError(f"{info.worker_id}: chunk_tokens={info.chunk_tokens}")
+    if not 0 <= info.payload_bytes <= MAX_CHUNK_BYTES:
+        raise ValueError(f"{info.worker_id}: payload_bytes is out of range")
+    try:
+        url = base_url(info.url)
+    except ValueError as exc:
+        raise ValueError(f"{info.worker_id}: {exc}") from None
+    scheme = KeyScheme(Namespace(bytes.fromhex(info.namespace)), info.chunk_tokens)
     return Worker(
         id=info.worker_id,
-        url=info.url.rstrip("/"),
+        url=url,
         model=info.model,
         model_path=info.model_path,
         namespace=scheme.namespace,
@@ -91,9 +108,28 @@ def from_lease(lease: Lease) -> Worker:
     )
 
 
+def base_url(url: str) -> str:
+    """Without a slash at its end.  Raises ValueError for what cannot be asked, and for a user or password in
+    it: worker URLs become names in headers, metrics and logs.  The message does not repeat the URL."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        raise ValueError("the URL of a worker is malformed") from None
+    if parsed.scheme not in ("http", "https"):
+        raise ValueError("the URL of a worker should begin with http:// or https://")
+    if "@" in url or "?" in url or "#" in url:
+        raise ValueError("the URL of a worker should hold no user, password, query or fragment")
+    host = parsed.raw_host.decode("ascii")
+    if ":" not in host and not _HOST.fullmatch(host):  # an IPv6 address was checked by the parser
+        raise ValueError("the URL of a worker holds no possible host")
+    if parsed.port is not None and not 1 <= parsed.port <= 65535:
+        raise ValueError("the port in the URL of a worker should be 1 to 65535")
+    return url.rstrip("/")
+
+
 def from_static(static: StaticWorker) -> Worker:
-    """Named by its address."""
-    url = static.url.rstrip("/")
+    """Named by its address.  Raises ValueError for a URL that cannot be."""
+    url = base_url(static.url)
     return Worker(id=url.partition("://")[2] or url, url=url, model=static.model)
 
 
@@ -115,11 +151,12 @@ def _same_keys(info: WorkerInfo, scheme: KeyScheme) -> bool:
 
 
 def _load(beat: Mapping[str, str]) -> Load:
-    """A field that is missing or no number counts as not measured."""
+    """A field that is missing or no finite number counts as not measured."""
     values = []
     for name in Load._fields:
         try:
-            values.append(max(0.0, float(beat.get(name, 0))))
+            value = float(beat.get(name, 0))
         except ValueError:
-            values.append(0.0)
+            value = 0.0
+        values.append(min(max(0.0, value), MAX_LOAD) if math.isfinite(value) else 0.0)
     return Load(*values)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import random
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -392,3 +393,16 @@ def test_a_session_stays_with_its_worker_however_it_is_named(told: str) -> None:
             assert len(seen) == 1
             homes |= seen
         assert len(homes) > 1
+
+
+def test_many_workers_that_do_not_answer_do_not_keep_the_others_from_being_asked(worker: FakeVLLM) -> None:
+    with socket.socket() as silent, serve(worker) as url:
+        silent.bind(("0.0.0.0", 0))
+        silent.listen(256)  # connections are made, and nobody ever reads them
+        port = silent.getsockname()[1]
+        with gateway(*(f"http://127.0.1.{n}:{port}" for n in range(1, 121)), url) as client:
+            rows = client.get("/admin/workers").json()["workers"]
+            states = {row["url"]: row["state"] for row in rows}
+            assert states.pop(url) == "ready"
+            assert set(states.values()) == {"down"}
+            assert len(states) == 120

@@ -16,7 +16,7 @@ from cacheengine.index_schema import FLEET, WorkerInfo, lease_name
 from cacheengine.keys import KeyScheme, namespace_of, probe_keys
 from router.registry import ADAPTERS_SECONDS, Registry, UnknownWorker
 from router.sources import STALE_SECONDS, WorkersFile
-from router.worker import StaticWorker
+from router.worker import StaticWorker, Worker
 from tests.conftest import ValkeyServer
 
 T = TypeVar("T")
@@ -156,12 +156,51 @@ def test_a_worker_whose_lease_is_gone_takes_no_traffic_when_sick_and_is_forgotte
     house.look()
     house.unlease(A)
     house.unlease(B)
-    house.sick = {"b"}
-    assert house.look() == "A"
+    house.sick = {"a", "b"}
+    assert house.look() == ""
+    assert house.left == []
     house.now += STALE_SECONDS + 1
     assert house.look() == ""
     assert sorted(house.left) == ["a", "b"]
     assert house.registry.describe() == []
+
+
+def test_a_worker_whose_lease_is_gone_stays_as_long_as_its_health_answers(house: House) -> None:
+    """A Redis that is full answers reads and refuses heartbeats: its leases expire."""
+    house.lease(A, B)
+    assert house.look() == "ab"
+    house.unlease(A)
+    house.unlease(B)
+    for _ in range(3):
+        house.now += STALE_SECONDS + 1
+        assert house.look() == "AB"
+    house.registry.mark_down("a")  # one request that could not connect is not /health
+    house.now += STALE_SECONDS + 1
+    assert house.look() == "AB"
+    house.lease(A)
+    house.sick = {"b"}
+    assert house.look() == "a"
+    house.look()
+    assert house.left == ["b"]
+    house.unlease(A)
+    house.look()
+    house.run(house.registry.order("a", "remove"))
+    assert house.look() == ""
+    assert house.left == ["b", "a"]
+
+
+def test_a_worker_that_a_source_leaves_out_leaves_however_healthy_it_is() -> None:
+    source = Scripted(Worker("a", "http://a:1", "m"))
+    source.grace_seconds = STALE_SECONDS
+    house = House(None, sources=[source])
+    try:
+        assert house.look() == "a"
+        source.workers = []
+        assert house.look() == "A"
+        house.now += STALE_SECONDS + 1
+        assert house.look() == ""
+    finally:
+        house.close()
 
 
 def test_a_worker_that_comes_back_under_another_name_is_not_there_twice(house: House) -> None:
@@ -423,7 +462,7 @@ def test_an_adapter_is_served_by_those_who_have_it(house: House) -> None:
     assert len(house.registry.workers_for("fr")) == 2
 
 
-def test_what_a_file_says_holds_within_a_refresh(tmp_path: Path) -> None:
+def test_what_a_file_says_holds_within_a_refresh_and_whom_it_leaves_out_leaves_later(tmp_path: Path) -> None:
     path = tmp_path / "workers.yaml"
     path.write_text("- m=http://a:1\n- m=http://b:1")
     house = House(None, StaticWorker("http://b:1", "m"), sources=[WorkersFile(path)])
@@ -431,7 +470,12 @@ def test_what_a_file_says_holds_within_a_refresh(tmp_path: Path) -> None:
         assert house.look() == "a:1b:1"
         assert [row["source"] for row in house.registry.describe()] == ["file", "static"]
         path.write_text("- m=http://c:1\n- m=http://b:1 ")
+        assert house.look() == "A:1b:1c:1"
+        house.now += STALE_SECONDS + 1
         assert house.look() == "b:1c:1"
+        path.write_text("")
+        house.now += STALE_SECONDS + 1
+        assert house.look() == "b:1C:1"  # it is being rewritten
         path.write_text("oops")
         assert house.look() == "b:1C:1"
         assert house.left == ["a:1"]
@@ -459,3 +503,172 @@ def test_an_order_given_while_the_orders_are_read_is_not_forgotten(house: House)
 
     house.run(meanwhile())
     assert [worker.id for worker in registry.snapshot()] == ["b"]
+
+
+class Scripted:
+    """A source that does as it is told."""
+
+    name, vouches, grace_seconds = "scripted", False, 0.0
+
+    def __init__(self, *workers: Worker) -> None:
+        self.workers, self.trouble = list(workers), ""
+
+    async def read(self) -> list[Worker]:
+        if self.trouble:
+            raise OverflowError(self.trouble)
+        return self.workers
+
+
+def test_a_source_with_a_bug_stops_nobody_else_and_is_complained_about_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    odd, other = Scripted(Worker("a", "http://a:1", "m")), Scripted(Worker("b", "http://b:1", "m"))
+    house = House(None, sources=[odd, other])
+    try:
+        assert house.look() == "ab"
+        odd.trouble = "too large"
+        other.workers = [Worker("c", "http://c:1", "m")]
+        for _ in range(3):
+            assert house.look() == "Ac"
+        assert caplog.text.count("OverflowError: too large") == 1
+        odd.trouble = ""
+        assert house.look() == "ac"
+    finally:
+        house.close()
+
+
+def test_orders_that_make_no_sense_stop_nobody(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    house.lease(A, B)
+    house.look()
+    house.run(house.registry.order("a", "drain"))
+
+    async def nonsense() -> Any:
+        raise UnicodeError("no UTF-8")
+
+    assert house._orders
+    house._orders.read = nonsense  # type: ignore[method-assign]
+    house.lease(replace(A, worker_id="c", url="http://c:1"))
+    for _ in range(2):
+        assert house.look() == "bc"
+    assert caplog.text.count("UnicodeError: no UTF-8") == 1
+
+
+@pytest.mark.parametrize("url", ["http://c:8O00", "http://c:99999", "http://a..b:80"])
+def test_a_worker_whose_address_cannot_be_asked_is_down_alone(url: str) -> None:
+    source = Scripted(Worker("bad", url, "m"), Worker("b", "http://127.0.0.1:1", "m"))
+
+    async def look() -> list[str]:
+        async with httpx.AsyncClient(trust_env=False) as http:
+            registry = Registry(http, sources=[source])
+            await registry.refresh()
+            await registry._look_for_adapters(registry._known["bad"])
+            return [row["state"] for row in registry.describe()]
+
+    assert asyncio.run(look()) == ["down", "down"]
+
+
+def test_a_worker_that_could_not_be_asked_for_want_of_a_connection_is_as_it_was(house: House) -> None:
+    house.lease(A, B)
+    house.sick = {"b"}
+    assert house.look() == "a"
+    house.unlease(A)
+    full: list[str] = []
+
+    def no_connection(request: httpx.Request) -> httpx.Response:
+        full.append(request.url.host)
+        raise httpx.PoolTimeout("full")
+
+    house.registry._http = httpx.AsyncClient(transport=httpx.MockTransport(no_connection))
+    assert house.look() == "A"
+    assert {"a", "b"} <= set(full)
+
+
+def test_two_orders_at_once_to_remove_a_worker_remove_it_once(house: House) -> None:
+    house.lease(A, B)
+    house.look()
+
+    async def both() -> None:
+        await asyncio.gather(*(house.registry.order("a", "remove") for _ in range(2)))
+
+    house.run(both())
+    assert house.left == ["a"]
+    assert [worker.id for worker in house.registry.snapshot()] == ["b"]
+
+
+def test_an_order_to_remove_a_worker_that_a_refresh_has_removed_meanwhile_is_obeyed(house: House) -> None:
+    house.lease(A, B)
+    house.look()
+    registry, orders = house.registry, house._orders
+    assert orders
+    give = orders.give
+
+    async def slow(worker_id: str, order: str) -> None:
+        await give(worker_id, order)
+        await registry.refresh()  # it reads the order before the reply is here
+
+    orders.give = slow  # type: ignore[method-assign]
+    house.run(registry.order("a", "remove"))
+    assert house.left == ["a"]
+    assert [worker.id for worker in registry.snapshot()] == ["b"]
+    assert registry.removed() == ["a"]
+
+
+def test_an_order_to_remove_one_life_does_not_remove_the_next(house: House) -> None:
+    house.lease(A)
+    house.look()
+    registry, orders = house.registry, house._orders
+    assert orders
+    give = orders.give
+
+    async def slow(worker_id: str, order: str) -> None:
+        await give(worker_id, order)
+        house.lease(replace(A, boot_id="2"))
+        await registry.refresh()
+
+    orders.give = slow  # type: ignore[method-assign]
+    house.run(registry.order("a", "remove"))
+    assert house.look() == "a"
+    assert house.left == []
+
+
+def test_a_word_in_the_middle_of_a_refresh_takes_no_traffic_from_those_it_is_not_about() -> None:
+    """Names change (a lease is gone, the address is known from elsewhere) while somebody is marked down."""
+    before = [Worker(id_, f"http://{id_}:1", "m", boot_id="1") for id_ in "abcd"]
+    source = Scripted(*before)
+    seen: list[str] = []
+
+    async def main() -> None:
+        asked, answer = asyncio.Event(), asyncio.Event()
+        answer.set()
+
+        async def health(request: httpx.Request) -> httpx.Response:
+            asked.set()
+            await answer.wait()
+            return httpx.Response(200, json={"data": []})
+
+        async with httpx.AsyncClient(transport=httpx.MockTransport(health)) as http:
+            registry = Registry(http, sources=[source])
+
+            def look() -> None:
+                seen.append(" ".join(worker.id + worker.boot_id for worker in registry.snapshot()))
+
+            await registry.refresh()
+            look()
+            a, b, c, d = before
+            source.workers = [replace(a, boot_id="2"), replace(b, id="z"), c, d]
+            asked.clear()
+            answer.clear()
+            refresh = asyncio.create_task(registry.refresh())
+            await asked.wait()
+            registry.mark_down("c")
+            look()
+            await registry.order("d", "drain")
+            look()
+            await registry.order("d", "resume")
+            look()
+            answer.set()
+            await refresh
+            look()
+
+    asyncio.run(main())
+    assert seen == ["a1 b1 c1 d1", "a1 b1 d1", "a1 b1", "a1 b1 d1", "a2 c1 d1 z1"]

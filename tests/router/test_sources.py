@@ -35,6 +35,23 @@ def test_what_is_no_worker_is_said_to_be_none(text: str) -> None:
         parse_worker(text)
 
 
+@pytest.mark.parametrize(
+    "text", ["m=http://c:8O00", "m=http://c:99999", "m=dns://a..b:80", "m=dns://h:0", "m=dns://h:99999"]
+)
+def test_a_host_or_port_that_cannot_be_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="of a worker"):
+        parse_worker(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["m=http://user:hunter2@h:1", "m=dns://user:hunter2@h:1", "m=ftp://hunter2@h", "hunter2"]
+)
+def test_a_password_is_refused_and_not_repeated(text: str) -> None:
+    with pytest.raises(ValueError, match="should read model=http") as refused:
+        parse_worker(text)
+    assert "hunter2" not in str(refused.value)
+
+
 def test_static_workers_are_those_of_the_configuration() -> None:
     assert urls(asyncio.run(Static([StaticWorker("http://h:1/", "m")]).read())) == ["http://h:1"]
 
@@ -89,6 +106,11 @@ def test_a_name_that_does_not_resolve_is_a_source_that_is_down() -> None:
     told(job)
 
 
+def test_a_name_that_cannot_be_encoded_is_a_source_that_is_down() -> None:
+    with pytest.raises(SourceDown, match=r"a\.\.b"):
+        asyncio.run(Dns(DnsName("a..b", 80, "m")).read())
+
+
 def test_a_silent_name_server_is_asked_once_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "DNS_PATIENCE", 0.01)
 
@@ -127,13 +149,24 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
     assert urls(asyncio.run(file.read())) == ["http://a:1", "http://b:1"]
     rewrite(path, '["m=http://c:1/"]')  # JSON is YAML
     assert urls(asyncio.run(file.read())) == ["http://c:1"]
-    rewrite(path, "")
+    rewrite(path, "[]")
     assert asyncio.run(file.read()) == []
 
 
 @pytest.mark.parametrize(
     "text",
-    ["a: [", "workers: []", "- 5", "- m=ftp://a", "- m=dns://a:1", "\x00", "- !!python/object:os.x {}"],
+    [
+        "",
+        "# nobody",
+        "a: [",
+        "workers: []",
+        "- 5",
+        "- m=ftp://a",
+        "- m=dns://a:1",
+        "- m=http://a:8O",
+        "\x00",
+        "- !!python/object:os.x {}",
+    ],
 )
 def test_a_file_that_makes_no_sense_is_a_source_that_is_down_and_says_so_once(
     tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
