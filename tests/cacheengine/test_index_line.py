@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 import redis
@@ -18,7 +18,7 @@ Answer = Callable[[int, bytes], bytes]  # which connection, verb → bytes on th
 
 
 @contextlib.asynccontextmanager
-async def impostor(answer: Answer):
+async def impostor(answer: Answer) -> AsyncIterator[tuple[str, list[asyncio.StreamWriter]]]:
     """A server that says what it likes; yields its URL and the connections it took."""
     taken: list[asyncio.StreamWriter] = []
 
