@@ -34,6 +34,8 @@ class Line:
     async def ask(self, *command: bytes | str | int, asking: bool = False) -> Any:
         """`asking`: a Cluster's node is to answer for a slot that is still moving to it.  Raises RedisError,
         OSError; cancel it freely."""
+        if not self._connection.is_connected:  # redis-py would dial again, under the live reader
+            self._give_up(redis.exceptions.ConnectionError("connection to the index hung up"))
         if self.broken.is_set():
             raise redis.exceptions.ConnectionError("connection to the index is closed")
         loop = asyncio.get_running_loop()
@@ -61,6 +63,8 @@ class Line:
                     _settle(self._waiting.popleft(), answer)
         except (RedisError, OSError) as exc:
             self._give_up(exc)
+        except Exception as exc:  # noqa: BLE001  a reply too many, a parser that stumbles: believe no more
+            self._give_up(redis.exceptions.ConnectionError(f"connection out of step: {exc!r}"))
 
     def _give_up(self, exc: BaseException) -> None:
         self.broken.set()
@@ -68,11 +72,12 @@ class Line:
             _settle(self._waiting.popleft(), exc)
 
     async def close(self) -> None:
+        """Never raises but when cancelled itself."""
         self._reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._reader
         self._give_up(redis.exceptions.ConnectionError("connection to the index is closed"))
-        await self._connection.disconnect(nowait=True)
+        with contextlib.suppress(Exception):
+            await self._connection.disconnect(nowait=True)
+        await asyncio.wait((self._reader,))
 
 
 def _settle(future: asyncio.Future[Any], answer: Any) -> None:
@@ -127,8 +132,7 @@ class Node:
 
     async def close(self) -> None:
         self._keeper.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._keeper
+        await asyncio.wait((self._keeper,))
 
     def _here(self) -> Line:
         if self._line is None or not self._up:
@@ -141,43 +145,50 @@ class Node:
             self._changed.set()
 
     async def _keep(self) -> None:
-        """Own the line: connect, watch, give up, connect again."""
+        """Own the line: connect, watch, give up, connect again.  Whatever goes wrong costs a line at most."""
         delay = BACKOFF_SECONDS[0]
         while True:
-            pool = self._client.connection_pool
-            connection = cast(AbstractConnection, pool.make_connection())  # type: ignore[no-untyped-call]
             try:
-                async with asyncio.timeout(PROBE_SECONDS):
-                    await connection.connect()  # type: ignore[no-untyped-call]
-                line = Line(connection)
-            except (RedisError, OSError) as exc:  # TimeoutError is an OSError
-                log.debug("chunk index: %s", exc)
-                await connection.disconnect(nowait=True)
-                await asyncio.sleep(delay)
-                delay = min(2 * delay, BACKOFF_SECONDS[1])
-                continue
-            try:
-                while await self._answers(line):
-                    delay = BACKOFF_SECONDS[0]
-                    self._line = line
-                    self._misses = 0
-                    self._suspect.clear()
-                    self._turn(up=True)
-                    await _first(self._suspect, line.broken)
+                line = await self._connected()
+            except Exception as exc:  # noqa: BLE001  the next try may fare better
+                log.debug("chunk index: %r", exc)
+            else:
+                try:
+                    while await self._answers(line):
+                        delay = BACKOFF_SECONDS[0]
+                        self._line = line
+                        self._misses = 0
+                        self._suspect.clear()
+                        self._turn(up=True)
+                        await _first(self._suspect, line.broken)
+                        self._turn(up=False)
+                finally:
                     self._turn(up=False)
-            finally:
-                self._turn(up=False)
-                self._line = None
-                await line.close()
+                    self._line = None
+                    await line.close()
             await asyncio.sleep(delay)
             delay = min(2 * delay, BACKOFF_SECONDS[1])
+
+    async def _connected(self) -> Line:
+        """Raises what redis-py raises, and TimeoutError."""
+        pool = self._client.connection_pool
+        connection = cast(AbstractConnection, pool.make_connection())  # type: ignore[no-untyped-call]
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                await connection.connect()  # type: ignore[no-untyped-call]
+            return Line(connection)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                await connection.disconnect(nowait=True)
+            raise
 
     async def _answers(self, line: Line) -> bool:
         """Whether the line works; (re)loads the script, which doubles as the PING."""
         try:
             async with asyncio.timeout(PROBE_SECONDS):
                 self._sha = (await line.ask("SCRIPT", "LOAD", self._script)).decode()
-        except (RedisError, OSError):
+        except Exception as exc:  # noqa: BLE001  also an answer that is no digest
+            log.debug("chunk index: %r", exc)
             return False
         return True
 

@@ -9,11 +9,14 @@
 -- one read of a chunk tells for everybody whom it concerns.
 --
 -- A front that more than MOST hold (a system prompt, in a large fleet) is skipped by counting; of its holders a
--- random sample is named, and everybody who goes deeper.
+-- random sample is named, and everybody who goes deeper.  Lives that are over are held until somebody sweeps
+-- them.  So where a worker is met with two, all that hold the front are read if they are at most READ, and the
+-- last life of each worker counts.
 local packed = ARGV[1]
 local prefix = string.sub(KEYS[1], 1, -17)
 local MANY = 64  -- from here a whole hash is read faster than its fields one by one
 local MOST = 256
+local READ = 1024  -- about a millisecond, half of the deadline
 local ends = {}  -- chunk -> bitmap as stored -> fields
 
 local function name(i)
@@ -94,6 +97,38 @@ local function between(lo, hi, fields, at_lo, at_hi)
   ended(lo, fields, at_lo)
 end
 
+-- The places in `flat` (field, value, ...) of each worker's last life; and whether some worker has two.
+local function lives(flat, start)
+  local last, highest, workers, n = {}, {}, {}, 0
+  for j = 1, #flat, 2 do
+    local k = (start + j - 1) % #flat + 1
+    local field = flat[k]
+    local at = string.find(field, '@', 1, true) or 0
+    local worker, epoch = string.sub(field, 1, at - 1), tonumber(string.sub(field, at + 1)) or 0
+    local before = highest[worker]
+    if not before then
+      n = n + 1
+      workers[n] = worker
+    end
+    if not before or epoch > before then last[worker], highest[worker] = k, epoch end
+  end
+  for m = 1, n do workers[m] = last[workers[m]] end
+  return workers, 2 * n < #flat
+end
+
+-- Name some of those who hold chunk i.
+local function sample(i)
+  local flat = redis.call('HRANDFIELD', name(i), MOST, 'WITHVALUES')
+  local at, crowded = lives(flat, 0)
+  if crowded and redis.call('HLEN', name(i)) <= READ then
+    -- a whole hash comes in the same order each time, so begin anywhere
+    local dice = tonumber(string.sub(redis.sha1hex(redis.call('HRANDFIELD', name(i))), 1, 8), 16)
+    flat = redis.call('HGETALL', name(i))
+    at = lives(flat, 2 * (dice % (#flat / 2)))
+  end
+  for m = 1, math.min(#at, MOST) do ended(i, {flat[at[m]]}, {flat[at[m] + 1]}) end
+end
+
 local n, front = #packed / 16, 1
 if redis.call('HLEN', name(1)) > MOST then
   local many = 1
@@ -102,8 +137,7 @@ if redis.call('HLEN', name(1)) > MOST then
     local mid = math.floor((many + front) / 2)
     if redis.call('HLEN', name(mid)) > MOST then many = mid else front = mid end
   end
-  local flat = redis.call('HRANDFIELD', name(many), MOST, 'WITHVALUES')
-  for j = 1, #flat, 2 do ended(many, {flat[j]}, {flat[j + 1]}) end
+  sample(many)
 end
 local flat = front <= n and redis.call('HGETALL', name(front)) or {}
 if #flat > 0 then

@@ -3,13 +3,14 @@
     cairn:orders    HASH   field <worker id>, value "drained" or "removed@<boot id>"; field @version
 
 Orders are about names, not lives: a drained worker that restarts stays drained until it is resumed.  They do
-not expire.  A Redis that lost its memory is told again by whichever gateway remembers; `@version` (no worker
-can be called that) is how a gateway sees the loss.
+not expire.  `@version` (no worker can be called that) counts them.  A Redis where it is gone, or lower than
+before, lost its memory or the end of it, and is told again by whichever gateway remembers.
 """
 
 import asyncio
 from collections.abc import Mapping
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -20,6 +21,8 @@ from cacheengine.redis_url import DOWN, async_client
 ORDERS = "cairn:orders"
 VERSION = "@version"
 ORDERS_SECONDS = 1.0
+
+_TELL_AGAIN = (Path(__file__).parent / "index_orders.lua").read_text()
 
 
 class Orders:
@@ -32,6 +35,7 @@ class Orders:
             socket_connect_timeout=ORDERS_SECONDS,
             retry=Retry(NoBackoff(), 1),  # a connection the server closed while idle
             decode_responses=True,
+            encoding_errors="replace",  # a stranger's bytes are nobody's order
             protocol=2,
         )
         self._last: dict[str, str] = {}
@@ -41,11 +45,9 @@ class Orders:
         try:
             async with asyncio.timeout(2 * ORDERS_SECONDS):
                 held = await self._held()
-                if VERSION not in held and self._last:
-                    async with self._client.pipeline(transaction=False) as pipe:
-                        for field, value in self._last.items():
-                            pipe.hsetnx(ORDERS, field, value)
-                        await pipe.execute()
+                if _version(held) < (last := _version(self._last)):
+                    flat = [part for item in self._last.items() for part in item]
+                    await cast(Any, self._client.eval(_TELL_AGAIN, 1, ORDERS, str(last), *flat))
                     held = await self._held()
         except (*DOWN, OSError) as exc:
             raise IndexDown(f"orders: {exc}") from exc
@@ -75,3 +77,9 @@ class Orders:
 
     async def _held(self) -> dict[str, str]:
         return cast(dict[str, str], await self._client.hgetall(ORDERS))
+
+
+def _version(held: Mapping[str, str]) -> int:
+    """-1 where there is none."""
+    text = held.get(VERSION, "")
+    return int(text) if text.isascii() and text.isdecimal() else -1

@@ -163,14 +163,17 @@ class Fleet:
             socket_connect_timeout=FLEET_SECONDS,
             retry=Retry(NoBackoff(), 1),  # a connection the server closed while idle
             decode_responses=True,
+            encoding_errors="replace",  # a stranger's bytes cost nobody else the lease
             protocol=2,
         )
+        self._full = False
 
     async def read(self) -> list[Lease]:
         """Every worker whose lease stands.  Raises IndexDown."""
         try:
             async with asyncio.timeout(2 * FLEET_SECONDS):
-                members = cast(list[str], await self._client.zrange(FLEET, 0, MAX_FLEET - 1, desc=True))
+                members = cast(list[str], await self._client.zrange(FLEET, 0, MAX_FLEET, desc=True))
+                full, members = len(members) > MAX_FLEET, members[:MAX_FLEET]
                 async with self._client.pipeline(transaction=False) as pipe:
                     for member in members:
                         namespace, _, worker_id = member.partition(":")
@@ -178,8 +181,9 @@ class Fleet:
                     held = await pipe.execute() if members else []
         except (*redis_url.DOWN, OSError) as exc:
             raise IndexDown(f"fleet: {exc}") from exc
-        if len(members) == MAX_FLEET:
-            log.warning("the fleet has %d workers or more; further ones are not read", MAX_FLEET)
+        if full and not self._full:
+            log.warning("the fleet has more than %d workers; further ones are not read", MAX_FLEET)
+        self._full = full
         leases = []
         for member, fields in zip(members, held, strict=True):
             if not fields:

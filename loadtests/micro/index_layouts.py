@@ -20,7 +20,7 @@ PACKED = (Path(cacheengine.__file__).parent / "index_lookup.lua").read_text()
 
 # The same search with every name spelled out by the caller.
 NAMED = PACKED.replace("return prefix .. string.sub(packed, 16 * i - 15, 16 * i)", "return KEYS[i]").replace(
-    "local n = #packed / 16", "local n = #KEYS"
+    "#packed / 16", "#KEYS"
 )
 
 # A hash per worker, chunk → bitmap; closure lets each be bisected alone.

@@ -172,6 +172,23 @@ def test_of_a_front_that_very_many_hold_some_are_named_and_all_who_go_deeper(
     assert set(whole.values()) == {Depths(host=3)}
 
 
+def test_lives_that_are_over_do_not_crowd_out_who_holds_a_front(valkey: ValkeyServer, index: Loop) -> None:
+    fleet = {field_of(f"w{i}", life): [0, 4, 0, 0] for life in (9, 10, 8, 7, 6) for i in range(200)}
+    fleet |= {field_of("deep", 7): [0, 6, 0, 0]}
+    plant(valkey, PROMPT, fleet, NS)
+    assert index.holders(PROMPT) == {
+        ("deep", 7): Depths(host=6),
+        **{(f"w{i}", 10): Depths(host=4) for i in range(200)},
+    }
+
+
+def test_of_more_than_are_named_everybody_is_at_some_time(valkey: ValkeyServer, index: Loop) -> None:
+    plant(valkey, PROMPT, {field_of(f"w{i}", life): [0, 4, 0, 0] for i in range(300) for life in (1, 2)}, NS)
+    found = [index.holders(PROMPT) for _ in range(60)]
+    assert {len(named) for named in found} == {256}
+    assert set().union(*found) == {(f"w{i}", 2) for i in range(300)}
+
+
 def test_no_more_than_512_keys_are_asked_for(valkey: ValkeyServer, index: Loop) -> None:
     keys = SCHEME.keys(range(16 * 600))
     plant(valkey, keys, {field_of("w1", 7): [600, 0, 0, 0]}, NS)

@@ -5,12 +5,19 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import pytest
 import redis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
-from cacheengine.index_orders import ORDERS, Orders
+from cacheengine.index_orders import ORDERS, VERSION, Orders
 from tests.conftest import ValkeyServer
 
 WORKERS = st.sampled_from(["a", "b", "10.0.0.1:8000"])
@@ -62,6 +69,57 @@ def test_orders_do_not_expire(valkey: ValkeyServer) -> None:
         assert client.ttl(ORDERS) == -1
 
 
+def test_orders_that_an_older_backup_brings_back_or_takes_away_are_put_right(valkey: ValkeyServer) -> None:
+    async def main(admin: redis.Redis) -> None:
+        orders = Orders(valkey.unix_url)
+        await orders.give("a", "drained")
+        backup = admin.hgetall(ORDERS)
+        await orders.give("a", "")
+        await orders.give("b", "drained")
+        admin.delete(ORDERS)
+        admin.hset(ORDERS, mapping=backup)
+        assert await orders.read() == {"b": "drained"}
+        other = Orders(valkey.unix_url)
+        assert await other.read() == {"b": "drained"}
+        await orders.close()
+        await other.close()
+
+    with valkey.client() as admin:
+        asyncio.run(main(admin))
+
+
+def test_of_two_who_tell_again_the_one_that_heard_the_last_order_wins(valkey: ValkeyServer) -> None:
+    async def main(admin: redis.Redis) -> None:
+        late, current = Orders(valkey.unix_url), Orders(valkey.unix_url)
+        await late.give("a", "drained")
+        await current.give("b", "drained")
+        admin.delete(ORDERS)
+        assert await late.read() == {"a": "drained"}
+        assert await current.read() == await late.read() == {"a": "drained", "b": "drained"}
+        await late.close()
+        await current.close()
+
+    with valkey.client() as admin:
+        asyncio.run(main(admin))
+
+
+@pytest.mark.parametrize("version", [b"x", b"\xff", b""])
+def test_bytes_nobody_of_us_wrote_change_no_order(valkey: ValkeyServer, version: bytes) -> None:
+    async def main(admin: redis.Redis) -> None:
+        orders = Orders(valkey.unix_url)
+        await orders.give("a", "drained")
+        admin.hset(ORDERS, b"\xff", b"\xff")
+        assert (await orders.read())["a"] == "drained"
+        admin.hset(ORDERS, VERSION, version)
+        assert (await orders.read())["a"] == "drained"
+        await orders.give("a", "")
+        assert "a" not in await orders.read()
+        await orders.close()
+
+    with valkey.client() as admin:
+        asyncio.run(main(admin))
+
+
 def test_two_gateways_and_a_forgetful_redis_agree_with_a_model(valkey: ValkeyServer) -> None:
     class Machine(RuleBasedStateMachine):
         """Two gateways that refresh in between, as every second; Redis may forget everything."""
@@ -72,6 +130,7 @@ def test_two_gateways_and_a_forgetful_redis_agree_with_a_model(valkey: ValkeySer
             self.runner = asyncio.Runner()
             self.gateways = [Orders(valkey.unix_url), Orders(valkey.unix_url)]
             self.said: dict[str, str] = {}
+            self.backup: dict[bytes, bytes] | None = None
             self.refreshed()
 
         def run(self, job: Coroutine[Any, Any, Any]) -> Any:
@@ -101,6 +160,21 @@ def test_two_gateways_and_a_forgetful_redis_agree_with_a_model(valkey: ValkeySer
             with valkey.client() as client:
                 client.flushall()
             self.give(which, worker, "drained")
+
+        @rule()
+        def back_up(self) -> None:
+            with valkey.client() as client:
+                self.backup = client.hgetall(ORDERS)
+
+        @precondition(lambda self: self.backup is not None)
+        @rule(first=st.integers(0, 1))
+        def restore(self, first: int) -> None:
+            with valkey.client() as client:
+                client.delete(ORDERS)
+                if self.backup:
+                    client.hset(ORDERS, mapping=self.backup)
+            assert self.run(self.gateways[first].read()) == self.said
+            self.refreshed()
 
         def teardown(self) -> None:
             for gateway in self.gateways:
