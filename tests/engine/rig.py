@@ -16,7 +16,7 @@ import httpx
 
 from gateway.launch.worker import WorkerSpec, command, environment
 
-START_SECONDS = 240
+START_SECONDS = 600  # a busy machine compiles for minutes; a worker that died is noticed at once
 
 
 def free_port() -> int:
