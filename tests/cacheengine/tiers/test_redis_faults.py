@@ -234,6 +234,16 @@ def test_a_refusal_is_never_a_hit(refusal: bytes):
         tier.close()
 
 
+def test_bytes_that_were_refused_do_not_count_although_their_metadata_was_taken():
+    absent, taken, refused = b":0\r\n" * 8, b"+OK\r\n:10\r\n:1\r\n", b"-OOM full\r\n:10\r\n:1\r\n"
+    forgotten = b":0\r\n:1\r\n"
+    with scripted(absent + taken + refused + forgotten) as server:
+        tier = redis_tier(server.url, connections=1)
+        assert tier.write(*chunks(2)) == 1
+        assert tier.stats.errors == 1
+        tier.close()
+
+
 def test_a_server_restart_between_two_calls_is_a_cold_cache_not_an_error(tier: RedisTier, valkey: Any):
     refs, payloads = chunks(3)
     tier.write(refs, payloads)
