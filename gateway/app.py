@@ -16,11 +16,13 @@ from starlette.responses import Response
 from cacheengine.index_orders import Orders
 from cacheengine.index_reader import Fleet, IndexReader
 from gateway.admin import admin
+from gateway.attempts import Attempts
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.errors import error_body
 from gateway.handshake import Handshake
 from gateway.metrics import Metrics
+from gateway.prompts import Prompts
 from gateway.routes import generation, openai, operations
 from router.load import LoadBoard
 from router.registry import Registry
@@ -60,7 +62,9 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
         trust=trust,
     )
     handshake = Handshake(registry, http, pool, metrics, config.tokenizer_path, config.tokenizer_memo_bytes)
-    dispatcher = Dispatcher(config, router, handshake, carrier, pool, metrics)
+    prompts = Prompts(registry, handshake, pool, config.alias_map())
+    attempts = Attempts(config, router, carrier, metrics)
+    dispatcher = Dispatcher(config, router, prompts, attempts, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -1,0 +1,93 @@
+"""Placements, best first, until one of their workers speaks: attempts, retries, what is learned of each."""
+
+import logging
+import time
+from collections.abc import Sequence
+
+import httpx
+
+from gateway.config import GatewayConfig
+from gateway.errors import GatewayError, NoWorker, TooSlow, Unreachable, Upstream
+from gateway.exchange import Exchange, Prompt
+from gateway.metrics import Metrics
+from gateway.proxy import Answer, Client, Headers, Patience, ask_worker, relay
+from router.placement import Placement
+from router.router import Router
+
+log = logging.getLogger(__name__)
+
+
+class Attempts:
+    """REQUIRES: used from one event loop; everything passed in outlives it."""
+
+    def __init__(
+        self, config: GatewayConfig, router: Router, transport: httpx.AsyncBaseTransport, metrics: Metrics
+    ) -> None:
+        self._router, self._transport, self._metrics = router, transport, metrics
+        self._max_retries = config.max_retries
+        self._patience = Patience(
+            config.connect_timeout_seconds, config.first_byte_timeout_seconds, config.idle_timeout_seconds
+        )
+
+    async def answer(self, exchange: Exchange, prompt: Prompt, placements: Sequence[Placement]) -> None:
+        """Best first, until a worker's first byte has reached the client.  Raises GatewayError."""
+        left = self._max_retries
+        failure: GatewayError = NoWorker(prompt.model)
+        for placement in placements:
+            if isinstance(failure, Upstream):
+                self._metrics.retries.labels(type(failure).__name__.lower()).inc()
+            try:
+                await self._attempt(exchange, prompt, placement)
+                return
+            except Upstream as exc:
+                failure = exc
+                log.warning("worker %s: %s (%r)", placement.worker.id, exc, exc.cause)
+                if isinstance(exc, Unreachable):
+                    self._router.registry.mark_down(placement.worker.id)
+                if exchange.client.status:
+                    self._metrics.broken.inc()
+                    raise
+                if isinstance(exc, TooSlow):
+                    raise  # slow, not dead: sending it twice would make two workers slow
+                if not isinstance(exc, Unreachable):
+                    left -= 1
+                    if left < 0:
+                        raise
+        if isinstance(failure, Unreachable):
+            raise NoWorker(prompt.model) from failure
+        raise failure
+
+    async def _attempt(self, exchange: Exchange, prompt: Prompt, placement: Placement) -> None:
+        client, worker = exchange.client, placement.worker
+        ticket = self._router.board.start(worker.id, prompt.tokens, placement.expected_hit_tokens)
+        self._metrics.decisions.labels(placement.policy, placement.reason, worker.id).inc()
+        self._metrics.predicted_hit.labels(worker.id).inc(placement.expected_hit_tokens)
+        try:
+            async with ask_worker(
+                self._transport, worker.url, exchange.path, client.headers, exchange.body, self._patience
+            ) as answer:
+                ticket.first_byte()
+                self._metrics.ttft.labels(exchange.model).observe(time.perf_counter() - exchange.arrived)
+                await relay(answer, client, _explanation(client, placement))
+            self._learn(answer, placement, prompt)
+        finally:
+            ticket.done()
+
+    def _learn(self, answer: Answer, placement: Placement, prompt: Prompt) -> None:
+        if answer.status == 200 and (cached := answer.cached_tokens) is not None:
+            self._metrics.learned(placement.worker.id, placement.expected_hit_tokens, cached)
+            if prompt.alone:
+                self._router.learn(placement, prompt.tokens, cached)
+
+
+def _explanation(client: Client, placement: Placement) -> Headers:
+    """Response headers for whoever asked why, with `x-cairn-explain: 1`."""
+    if client.header(b"x-cairn-explain") != b"1":
+        return []
+    return [
+        (b"x-cairn-worker", placement.worker.id.encode("latin-1", "replace")),
+        (b"x-cairn-reason", placement.reason.encode()),
+        (b"x-cairn-expected-hit-tokens", b"%d" % placement.expected_hit_tokens),
+        (b"x-cairn-policy", placement.policy.encode()),
+        (b"x-cairn-terms", ", ".join(f"{k}={ms:g}ms" for k, ms in placement.terms_ms.items()).encode()),
+    ]
