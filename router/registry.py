@@ -6,35 +6,33 @@ last known worker stays, marked stale, as long as its /health answers.  So it do
 Redis that refuses writes loses the leases of workers that are well.  A file or a name server that answers
 without it means it: then it leaves, after the source's grace.
 
-Operators drain workers (no new traffic until resumed; what is under way finishes) and remove them (forgotten
-until they restart or are resumed).  Such orders hold for every gateway of the fleet where there is a Redis.
+Operators drain workers (no new traffic until resumed; what is under way finishes) and remove them: that is
+router/orders.py.
 """
 
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Any, Literal
+from typing import Any
 
 import httpx
-import msgspec
 
-from cacheengine.errors import IndexDown
 from cacheengine.index_orders import Orders
 from cacheengine.index_reader import Fleet
 from cacheengine.keys import KeyScheme
+from router.orders import DRAINED, Deed, StandingOrders
+from router.probe import Probe
 from router.sources import Leases, Source, SourceDown, Static
 from router.worker import StaticWorker, Worker, majority_scheme
 
 log = logging.getLogger(__name__)
 
-HEALTH_SECONDS = 1.0
 ADAPTERS_SECONDS = 30.0  # between two looks at a worker's list of adapters
 ADAPTERS_AT_ONCE = 32  # looks per refresh, however large the fleet
 WARMUP_SECONDS = 30.0
-DRAINED, REMOVED = "drained", "removed@"  # orders; a boot id follows "removed@"
 
 
 class UnknownWorker(LookupError):
@@ -71,10 +69,10 @@ class Registry:
     ) -> None:
         """Leases win over `static`, and that over `sources`.  Without `orders` they are this gateway's own.
         `on_leave` hears the id of a worker that is forgotten, so that others forget it too."""
-        self._http, self._interval, self._clock = http, interval, clock
+        self._probe, self._interval, self._clock = Probe(http), interval, clock
         self._sources: list[Source] = [Leases(fleet)] if fleet else []
         self._sources += [Static(static), *sources]
-        self._store, self._orders, self._given = orders, dict[str, str](), 0
+        self._orders = StandingOrders(orders)
         self._warmup, self._on_leave = warmup_seconds, on_leave
         self._known: dict[str, _Known] = {}
         self._heard: set[int] = set()  # sources (by their place) that have answered before
@@ -136,8 +134,7 @@ class Registry:
 
     def removed(self) -> list[str]:
         """Who was removed and has not come back."""
-        orders = self._orders.items()
-        return sorted(id_ for id_, order in orders if order.startswith(REMOVED) and id_ not in self._known)
+        return self._orders.gone(self._known)
 
     # -- what others say ---------------------------------------------------------------------------
 
@@ -156,22 +153,16 @@ class Registry:
             known.worker = replace(known.worker, trusted=False)
             self._publish()
 
-    async def order(self, worker_id: str, what: Literal["drain", "resume", "remove"]) -> None:
+    async def order(self, worker_id: str, what: Deed) -> None:
         """Holds here at once and everywhere within a refresh.  Raises UnknownWorker, and IndexDown when the
         other gateways cannot be told: then nothing changes here either."""
         known = self._known.get(worker_id)
         if known is None and (what != "resume" or worker_id not in self._orders):
             raise UnknownWorker(worker_id)
-        order = ""
-        if known is not None and what != "resume":
-            order = DRAINED if what == "drain" else REMOVED + known.worker.boot_id
-        if self._store is not None:
-            await self._store.give(worker_id, order)
-        self._given += 1
-        self._orders = {**self._orders, worker_id: order} if order else _without(self._orders, worker_id)
+        await self._orders.give(worker_id, what, known.worker.boot_id if known else "")
         log.info("worker %s: %s", worker_id, what)
         known = self._known.get(worker_id)  # a refresh or another order may have come first
-        if known is not None and self._removed(known.worker):
+        if known is not None and self._orders.removed(known.worker):
             self._drop(worker_id, "was removed")
         self._publish()
 
@@ -223,20 +214,12 @@ class Registry:
         return workers
 
     async def _read_orders(self) -> None:
-        if self._store is None:
-            return
-        given = self._given
         try:
-            orders = dict(await self._store.read())
-        except IndexDown as exc:
-            log.debug("keeping the last known orders: %s", exc)
-            return
+            await self._orders.read()
         except Exception:  # noqa: BLE001  as above
             self._complain("orders")
             return
         self._troubles.discard("orders")
-        if given == self._given:  # or it was read before the order that was given meanwhile
-            self._orders = orders
 
     def _complain(self, about: str) -> None:
         """Once, not every second."""
@@ -250,7 +233,7 @@ class Registry:
         urls: set[str] = set()
         for place, (source, workers) in enumerate(zip(self._sources, named, strict=True)):
             for worker in workers or ():
-                if worker.id not in ids and worker.url not in urls and not self._removed(worker):
+                if worker.id not in ids and worker.url not in urls and not self._orders.removed(worker):
                     self._meet(worker, source, new=place in self._heard)
                     ids.add(worker.id)
             taken = urls | {worker.url for worker in workers or ()}
@@ -285,7 +268,7 @@ class Registry:
         now = self._clock()
         for known in [known for known in self._known.values() if known.source is source]:
             worker = known.worker
-            if self._removed(worker):
+            if self._orders.removed(worker):
                 self._drop(worker.id, "was removed")
             elif worker.id not in (seen or ()) and worker.url in taken:
                 self._drop(worker.id, "has another name now")
@@ -312,13 +295,7 @@ class Registry:
         return known.ready and known.source.vouches and not known.worker.stale
 
     async def _healthy(self, known: _Known) -> bool:
-        try:
-            reply = await self._http.get(f"{known.worker.url}/health", timeout=HEALTH_SECONDS)
-        except httpx.PoolTimeout:  # it was not asked
-            return known.ready
-        except Exception:  # noqa: BLE001  no worker's address may keep the others from being asked
-            return False
-        return reply.status_code == 200
+        return await self._probe.healthy(known.worker.url, otherwise=known.ready)
 
     def _curious(self) -> list[_Known]:
         """Whose adapters to look at now: of the ready, those not asked for longest."""
@@ -327,22 +304,15 @@ class Registry:
         return sorted(waiting, key=lambda known: known.adapters_asked)[:ADAPTERS_AT_ONCE]
 
     async def _look_for_adapters(self, known: _Known) -> None:
-        """vLLM's /v1/models names each LoRA adapter with the base model as its parent."""
         known.adapters_asked = self._clock()
-        try:
-            reply = await self._http.get(f"{known.worker.url}/v1/models", timeout=HEALTH_SECONDS)
-            cards = msgspec.json.decode(reply.content, type=_Cards).data
-        except Exception:  # noqa: BLE001  as above; what was known stands
-            return
-        known.adapters = tuple(sorted({card.id for card in cards if card.parent}))
+        adapters = await self._probe.adapters(known.worker.url)
+        if adapters is not None:
+            known.adapters = adapters
 
     # -- what follows ------------------------------------------------------------------------------
 
-    def _removed(self, worker: Worker) -> bool:
-        return self._orders.get(worker.id) == REMOVED + worker.boot_id
-
     def _state(self, known: _Known) -> str:
-        if self._orders.get(known.worker.id) == DRAINED:
+        if self._orders.drained(known.worker):
             return DRAINED
         return "ready" if known.ready else "down"
 
@@ -357,7 +327,7 @@ class Registry:
         for worker in self._ready:
             now = self._known.get(worker.id)
             same = now and (now.worker.boot_id, now.worker.url) == (worker.boot_id, worker.url)
-            ordered = self._removed(worker) or self._orders.get(worker.id) == DRAINED
+            ordered = self._orders.removed(worker) or self._orders.drained(worker)
             if not same and not ordered and worker.url not in urls:
                 held.append(worker)
         return held
@@ -383,16 +353,3 @@ class Registry:
         self._ready = tuple(ready)
         self._by_model = {model: tuple(workers) for model, workers in by_model.items()}
         self._schemes = {model: majority_scheme(workers) for model, workers in by_model.items()}
-
-
-def _without(orders: Mapping[str, str], worker_id: str) -> dict[str, str]:
-    return {held: order for held, order in orders.items() if held != worker_id}
-
-
-class _Card(msgspec.Struct):
-    id: str
-    parent: str | None = None
-
-
-class _Cards(msgspec.Struct):
-    data: list[_Card]

@@ -14,6 +14,7 @@ from cacheengine.index_orders import Orders
 from cacheengine.index_reader import Fleet
 from cacheengine.index_schema import FLEET, WorkerInfo, lease_name
 from cacheengine.keys import KeyScheme, namespace_of, probe_keys
+from router.probe import Probe
 from router.registry import ADAPTERS_SECONDS, Registry, UnknownWorker
 from router.sources import STALE_SECONDS, WorkersFile
 from router.worker import StaticWorker, Worker
@@ -578,7 +579,7 @@ def test_a_worker_that_could_not_be_asked_for_want_of_a_connection_is_as_it_was(
         full.append(request.url.host)
         raise httpx.PoolTimeout("full")
 
-    house.registry._http = httpx.AsyncClient(transport=httpx.MockTransport(no_connection))
+    house.registry._probe = Probe(httpx.AsyncClient(transport=httpx.MockTransport(no_connection)))
     assert house.look() == "A"
     assert {"a", "b"} <= set(full)
 
