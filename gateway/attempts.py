@@ -10,7 +10,8 @@ from gateway.config import GatewayConfig
 from gateway.errors import GatewayError, NoWorker, TooSlow, Unreachable, Upstream
 from gateway.exchange import Exchange, Prompt
 from gateway.metrics import Metrics
-from gateway.proxy import Answer, Client, Headers, Patience, ask_worker, relay
+from gateway.proxy import Client, Headers, Patience, ask_worker, relay
+from gateway.usage import Usage
 from router.placement import Placement
 from router.router import Router
 
@@ -68,13 +69,17 @@ class Attempts:
             ) as answer:
                 ticket.first_byte()
                 self._metrics.ttft.labels(exchange.model).observe(time.perf_counter() - exchange.arrived)
-                await relay(answer, client, _explanation(client, placement))
-            self._learn(answer, placement, prompt)
+                try:
+                    await relay(answer, client, _explanation(client, placement))
+                finally:
+                    exchange.usage = answer.usage
+            if answer.status == 200:
+                self._learn(exchange.usage, placement, prompt)
         finally:
             ticket.done()
 
-    def _learn(self, answer: Answer, placement: Placement, prompt: Prompt) -> None:
-        if answer.status == 200 and (cached := answer.cached_tokens) is not None:
+    def _learn(self, usage: Usage, placement: Placement, prompt: Prompt) -> None:
+        if (cached := usage.cached) is not None:
             self._metrics.learned(placement.worker.id, placement.expected_hit_tokens, cached)
             if prompt.alone:
                 self._router.learn(placement, prompt.tokens, cached)

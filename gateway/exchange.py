@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from cacheengine.keys import ChunkKey
 from gateway.proxy import Client
+from gateway.usage import NO_USAGE, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +31,4 @@ class Exchange:
     arrived: float
     body: bytes = b""
     model: str = "unknown"  # a metric's label: only ever the name of a model that is served
+    usage: Usage = NO_USAGE  # what the worker says it cost; also of an answer that broke off

@@ -7,7 +7,6 @@ byte, so until then another worker may be tried.
 """
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from gateway.errors import (
     Upstream,
     sse_error,
 )
+from gateway.usage import TAIL_BYTES, Usage, read_usage
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -35,10 +35,7 @@ _HOP_BY_HOP = frozenset(
 # Not the worker's business: who we are, how long our copy is, and our own switches.
 _NOT_SENT = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"x-cairn-explain"}
 _NOT_RETURNED = _HOP_BY_HOP | {b"date", b"server"}
-_TAIL_BYTES = 4096  # where `usage` is, in the last event or at the end of a JSON answer
 _MAX_HELD_BYTES = 1 << 20  # an event longer than this is passed on in pieces
-# Inside a JSON string the quotes would be escaped, so generated text cannot match.
-_CACHED = re.compile(rb'"prompt_tokens_details":\s*\{[^{}]*"cached_tokens":\s*(\d+)')
 
 
 class ClientGone(Exception):
@@ -146,10 +143,9 @@ class Answer:
     tail: bytes = b""  # the last bytes relayed
 
     @property
-    def cached_tokens(self) -> int | None:
-        """What the worker says it did not have to compute, if its answer says so."""
-        found = _CACHED.findall(self.tail)
-        return int(found[-1]) if found else None
+    def usage(self) -> Usage:
+        """What the answer, once relayed, says it cost.  Searches the tail: ask once."""
+        return read_usage(self.tail)
 
 
 @asynccontextmanager
@@ -206,7 +202,7 @@ async def relay(answer: Answer, client: Client, extra: Headers) -> None:
     await client.start(answer.status, [*answer.headers, *extra])
     held, chunk = b"", answer.first
     while chunk:
-        answer.tail = (answer.tail + chunk)[-_TAIL_BYTES:]
+        answer.tail = (answer.tail + chunk)[-TAIL_BYTES:]
         if client.streams:
             chunk, held = whole_events(held + chunk)
         if chunk:
