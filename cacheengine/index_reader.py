@@ -18,7 +18,16 @@ from cacheengine import redis_url
 from cacheengine.errors import IndexDown
 from cacheengine.index_line import PROBE_SECONDS, Node
 from cacheengine.index_nodes import KINDS, Nodes
-from cacheengine.index_schema import FLEET, Depths, Lease, WorkerInfo, chunk_name, holder_of, lease_name
+from cacheengine.index_schema import (
+    FLEET,
+    WRONG_TYPE,
+    Depths,
+    Lease,
+    WorkerInfo,
+    chunk_name,
+    holder_of,
+    lease_name,
+)
 from cacheengine.keys import ChunkKey, Namespace
 
 log = logging.getLogger(__name__)
@@ -167,6 +176,7 @@ class Fleet:
             protocol=2,
         )
         self._full = False
+        self._bad = set[str]()  # members whose lease makes no sense, which was said
 
     async def read(self) -> list[Lease]:
         """Every worker whose lease stands.  Raises IndexDown."""
@@ -178,20 +188,29 @@ class Fleet:
                     for member in members:
                         namespace, _, worker_id = member.partition(":")
                         pipe.hgetall(lease_name(namespace, worker_id))
-                    held = await pipe.execute() if members else []
+                    # a stranger's key costs one lease
+                    held = await pipe.execute(raise_on_error=False) if members else []
+                for answer in held:
+                    if isinstance(answer, Exception) and not str(answer).startswith(WRONG_TYPE):
+                        raise answer
         except (*redis_url.DOWN, OSError) as exc:
             raise IndexDown(f"fleet: {exc}") from exc
         if full and not self._full:
             log.warning("the fleet has more than %d workers; further ones are not read", MAX_FLEET)
         self._full = full
-        leases = []
+        leases, bad = [], set[str]()
         for member, fields in zip(members, held, strict=True):
             if not fields:
                 continue
             try:
+                if isinstance(fields, Exception):
+                    raise ValueError(str(fields))
                 leases.append(Lease(WorkerInfo.parse(fields), fields))
             except ValueError as exc:
-                log.warning("ignoring the lease of %s: %s", member, exc)
+                bad.add(member)
+                if member not in self._bad:  # once, not every second
+                    log.warning("ignoring the lease of %s: %s", member, exc)
+        self._bad = bad
         return leases
 
     async def close(self) -> None:

@@ -27,6 +27,7 @@ from cacheengine.keys import ChunkKey, Namespace
 DEVICE, HOST, DISK, SHARED = 1, 2, 4, 8  # the tier bitmap
 
 FLEET = "cairn:fleet"
+WRONG_TYPE = "WRONGTYPE"  # how Redis begins to refuse a key that holds something else: one key's trouble
 SEPARATOR = "@"  # between worker id and epoch in a field
 # a host name, a port, a path-like suffix; no separator, no braces (Cluster hash tags), no blanks
 _WORKER_ID = re.compile(r"[A-Za-z0-9._:/\-\[\]]{1,128}")

@@ -20,6 +20,7 @@ from cacheengine import redis_url
 from cacheengine.index_schema import (
     FLEET,
     SEPARATOR,
+    WRONG_TYPE,
     Entry,
     WorkerInfo,
     chunk_name,
@@ -128,13 +129,16 @@ class Wire:
             for raw in members
             if (m := raw.decode()).startswith(namespace + ":")
         ]
-        epochs: list[bytes | None] = []
+        epochs: list[Any] = []
         with self._client.pipeline(transaction=False) as pipe:
             for worker_id in ids:
                 pipe.hget(lease_name(namespace, worker_id), "epoch")
-            epochs = pipe.execute() if ids else []
+            epochs = pipe.execute(raise_on_error=False) if ids else []
+        for answer in epochs:
+            if isinstance(answer, Exception) and not str(answer).startswith(WRONG_TYPE):
+                raise answer
         alive = zip(ids, epochs, strict=True)
-        return {f"{i}{SEPARATOR}{e.decode()}" for i, e in alive if e is not None}, int(now[0]) * 1000
+        return {f"{i}{SEPARATOR}{e.decode()}" for i, e in alive if isinstance(e, bytes)}, int(now[0]) * 1000
 
     def lost(self) -> bool:
         """Whether a server forgot something it had acknowledged."""

@@ -36,8 +36,8 @@ class GatewayConfig(Config):
     workers: Annotated[list[str], BeforeValidator(_split)] = Field(
         default_factory=list,
         description="Workers that do not register themselves, as `model=http://host:port`, or "
-        "`model=dns://host:port` for every address of a name, asked again every 5 s "
-        "(comma separated in the environment). Leave it alone when workers use Cairn's connector.",
+        "`model=dns://host:port` for every address of a name (of one family where it has both), asked again "
+        "every 5 s (comma separated in the environment). Leave it alone when workers use Cairn's connector.",
     )
     workers_file: str = Field(
         "",

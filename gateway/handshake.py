@@ -103,7 +103,7 @@ class Handshake:
             "worker %s tokenizes unlike us from token %d on; it is routed by hash only", worker.id, at
         )
         self._metrics.mismatch.labels("tokens").inc()
-        self._registry.distrust(worker.id)
+        self._registry.distrust(worker)
         return True
 
     async def _their_ids(self, worker: Worker, body: dict[str, Any]) -> list[int] | None:

@@ -19,6 +19,7 @@ SAME = 1.05  # costs within 5 % are equal
 BEHIND, MOST_BEHIND = 4.0, 8.0  # how much the prompts that wait weigh, and the most that they may
 TIGHT = (1.25, 2.0)  # load bound, times the mean and requests above it: where the order knows no queues
 LOOSE = (2.0, 4.0)  # ... and where queues are in the price, and the bound is for what the price got wrong
+SESSION = "session"  # the policy that wants the session's ring order
 TIERS = ("device", "host", "disk", "shared")
 
 
@@ -113,12 +114,12 @@ def round_robin(prompt: int, candidates: Sequence[Candidate], turn: int) -> list
 POLICIES: dict[str, Policy] = {
     "predicted_ttft": predicted_ttft,
     "prefix_ring": prefix_ring,
-    "session": session,
+    SESSION: session,
     "least_loaded": least_loaded,
     "power_of_two": power_of_two,
     "round_robin": round_robin,
 }
-CACHE_BLIND = frozenset({"session", "least_loaded", "power_of_two", "round_robin"})
+CACHE_BLIND = frozenset({SESSION, "least_loaded", "power_of_two", "round_robin"})
 
 
 def decide(name: str, prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:

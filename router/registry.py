@@ -146,10 +146,13 @@ class Registry:
             known.ready = False
             self._publish()
 
-    def distrust(self, worker_id: str) -> None:
-        """Its tokens or chunk names are not ours: never count on a hit there until it restarts."""
-        if (known := self._known.get(worker_id)) is not None:
-            self._distrusted.add((worker_id, known.worker.boot_id))
+    def distrust(self, asked: Worker) -> None:
+        """Its tokens or chunk names are not ours: never count on a hit there until it restarts.  `asked` is
+        the worker as it was asked; the process that took its place meanwhile is not blamed."""
+        if (known := self._known.get(asked.id)) is None:
+            return
+        self._distrusted.add((asked.id, asked.boot_id))
+        if known.worker.boot_id == asked.boot_id:
             known.worker = replace(known.worker, trusted=False)
             self._publish()
 

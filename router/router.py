@@ -16,6 +16,7 @@ from router.policy import (
     DEFAULT_RATE,
     NO_HIT,
     POLICIES,
+    SESSION,
     SLOWEST,
     Candidate,
     Choice,
@@ -73,7 +74,7 @@ class Router:
         self.registry, self.board, self.policy, self.shadow = registry, board, policy, shadow
         self.trust = trust or Trust(clock)
         self._index, self._clock, self._on_decision = index, clock, on_decision
-        self._survey = Survey(board, self.trust, clock, by_session=policy == "session")
+        self._survey = Survey(board, self.trust, clock)
         self._turn = 0
         self.decisions: deque[dict[str, Any]] = deque()
         self._kept = 0  # candidates in them
@@ -168,7 +169,8 @@ class Router:
         if not workers:
             raise NoWorker(f"no worker serves {asked.model!r} now")
         scheme = self.registry.scheme(asked.model)
-        candidates, claims = self._survey.candidates(asked, workers, scheme, holders, dry)
+        by_session = self.policy == SESSION
+        candidates, claims = self._survey.candidates(asked, workers, scheme, holders, by_session, dry)
         ran = self._runs(self.policy, index)
         order = decide(ran, asked.tokens, candidates, self._turn)
         ignored = any(map(any, claims.values())) and not any(any(c.hit) for c in candidates)
@@ -179,7 +181,7 @@ class Router:
             self._blind(index, bool(asked.keys), scheme, ignored),
             order,
             [self._placement(workers[c.candidate.worker], c, ran, index, asked.keys, claims) for c in order],
-            self._shadowed(asked.tokens, candidates, index, order[0]),
+            self._shadowed(asked, workers, candidates, index, order[0]),
         )
 
     def _runs(self, policy: str, index: str) -> str:
@@ -198,12 +200,20 @@ class Router:
         return next((reason for reason, true in reasons.items() if true), "")
 
     def _shadowed(
-        self, prompt_tokens: int, candidates: list[Candidate], index: str, used: Choice
+        self,
+        asked: Question,
+        workers: Mapping[str, Worker],
+        candidates: list[Candidate],
+        index: str,
+        used: Choice,
     ) -> dict[str, Any] | None:
         if not self.shadow:
             return None
+        by_session = self.shadow == SESSION
+        if asked.session and by_session != (self.policy == SESSION):
+            candidates = self._survey.turned(asked, workers, candidates, by_session)
         ran = self._runs(self.shadow, index)
-        other = decide(ran, prompt_tokens, candidates, self._turn)[0]
+        other = decide(ran, asked.tokens, candidates, self._turn)[0]
         return {
             "policy": self.shadow,
             "ran": ran,

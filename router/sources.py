@@ -101,13 +101,17 @@ class Static:
 
 
 async def _resolve(host: str, port: int) -> list[str]:
-    """A and AAAA, by the system's resolver.  Raises OSError."""
+    """A and AAAA, by the system's resolver, best first (RFC 6724).  Raises OSError."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(entry[4][0]) for entry in found]
 
 
 class Dns:
-    """Every address of a name is a worker: the headless service of an orchestrator, say."""
+    """Every address of a name is a worker: the headless service of an orchestrator, say.
+
+    A worker may have an address of each family, and nothing says which two belong together.  So one family
+    counts: the one the resolver puts first, and then that one as long as it is there, since a worker with
+    another address is another worker."""
 
     name, vouches, grace_seconds = "dns", False, STALE_SECONDS
 
@@ -117,9 +121,10 @@ class Dns:
         resolve: Callable[[str, int], Awaitable[list[str]]] = _resolve,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        """`resolve`: host and port to addresses; raises OSError."""
+        """`resolve`: host and port to addresses, best first; raises OSError."""
         self._of, self._resolve, self._clock = name, resolve, clock
         self._asking: asyncio.Future[list[str]] | None = None
+        self._v6: bool | None = None  # the family that counts
         self._ask_at = math.inf  # when the answer in hand has become old; none in hand: never
 
     async def read(self) -> list[Worker]:
@@ -135,7 +140,11 @@ class Dns:
             addresses = asking.result()
         except (OSError, UnicodeError) as exc:
             raise SourceDown(f"{self._of.host}: {exc}") from exc
-        return [from_static(StaticWorker(self._url(one), self._of.model)) for one in sorted(set(addresses))]
+        families = [":" in address for address in addresses]
+        if families and self._v6 not in families:
+            self._v6 = families[0]
+        ours = {address for address, v6 in zip(addresses, families, strict=True) if v6 == self._v6}
+        return [from_static(StaticWorker(self._url(one), self._of.model)) for one in sorted(ours)]
 
     def _url(self, address: str) -> str:
         host = f"[{address}]" if ":" in address else address

@@ -1,6 +1,7 @@
 """What is known of every worker in front of one prompt: the index's word, and how far to believe it."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from cacheengine.index_schema import NOTHING, Depths
@@ -33,12 +34,10 @@ class Question(NamedTuple):
 
 
 class Survey:
-    """REQUIRES: used from one event loop.  `by_session`: the ring order of a prompt is its session's."""
+    """REQUIRES: used from one event loop."""
 
-    def __init__(
-        self, board: LoadBoard, trust: Trust, clock: Callable[[], float], by_session: bool = False
-    ) -> None:
-        self._board, self._trust, self._by_session = board, trust, by_session
+    def __init__(self, board: LoadBoard, trust: Trust, clock: Callable[[], float]) -> None:
+        self._board, self._trust = board, trust
         self._pending, self._forks, self._hearsay = PendingPrefixes(clock), Forks(clock), Hearsay(clock)
         self._rings: dict[tuple[str, ...], Ring] = {}
 
@@ -48,15 +47,16 @@ class Survey:
         workers: Mapping[str, Worker],
         scheme: KeyScheme | None,
         holders: Holders,
+        by_session: bool,
         dry: bool = False,
     ) -> tuple[list[Candidate], dict[str, Hit]]:
-        """Also what the index claims of each worker, whether we believe it or not.  `dry` changes nothing
-        that a later prompt sees."""
+        """Also what the index claims of each worker, whether we believe it or not.  `by_session`: the ring
+        order of a prompt is its session's.  `dry` changes nothing that a later prompt sees."""
         # blobs in Redis outlive whoever put them there: lives that are over still count
         shared = max((depths.shared for depths in holders.values()), default=0)
         sent_to, sent = self._pending.find(asked.keys)
-        ring_key = self._ring_key(asked)
-        rank = {worker_id: i for i, worker_id in enumerate(self._ring(workers).order(ring_key))}
+        ring_key = self._ring_key(asked, by_session)
+        rank = self._rank(workers, ring_key)
         others = self._others(workers, dry)
         candidates, claims = [], {}
         for worker in workers.values():
@@ -90,17 +90,35 @@ class Survey:
             )
         return candidates, claims
 
+    def turned(
+        self, asked: Question, workers: Mapping[str, Worker], candidates: list[Candidate], by_session: bool
+    ) -> list[Candidate]:
+        """The same candidates in front of a policy that wants another ring order."""
+        ring_key = self._ring_key(asked, by_session)
+        rank = self._rank(workers, ring_key)
+        return [
+            replace(
+                candidate,
+                ring=rank[candidate.worker],
+                held_back=_held_back(workers[candidate.worker], candidate.hit, ring_key),
+            )
+            for candidate in candidates
+        ]
+
     def sent(self, asked: Question, worker_id: str) -> None:
         """This prompt goes to this worker now; the index will hear of it later."""
         self._pending.sent(asked.keys, worker_id)
         self._forks.passed(asked.keys)
 
-    def _ring_key(self, asked: Question) -> bytes:
+    def _ring_key(self, asked: Question, by_session: bool) -> bytes:
         """A session keeps its place where that is the policy.  Elsewhere the prompt says more: a session's
         name is a guess about it, and steers the ring only when there are no keys."""
-        if asked.session and (self._by_session or not asked.keys):
+        if asked.session and (by_session or not asked.keys):
             return digest(asked.session)
         return self._forks.own(asked.keys) if asked.keys else digest(asked.affinity)
+
+    def _rank(self, workers: Mapping[str, Worker], ring_key: bytes) -> dict[str, int]:
+        return {worker_id: i for i, worker_id in enumerate(self._ring(workers).order(ring_key))}
 
     def _ring(self, workers: Mapping[str, Worker]) -> Ring:
         members = tuple(sorted(workers))

@@ -398,6 +398,18 @@ def test_a_lease_nobody_understands_is_left_out(
     assert "alien" in caplog.text
 
 
+def test_a_lease_of_another_type_keeps_nobody_else_from_announcing(
+    start: Callable[..., Worker], index: Loop, valkey: ValkeyServer
+) -> None:
+    with valkey.client() as client:
+        client.zadd("cairn:fleet", {f"{NS.hex()}:alien": 1000 * int(time.time())})
+        client.set(f"cairn:{NS.hex()}:worker:alien", "no hash")
+    worker = start()
+    wait_until(lambda: worker.writer.stats.beats > 2)
+    assert worker.writer.stats.errors == 0
+    assert list(index.fleet()) == ["w1"]
+
+
 @pytest.mark.parametrize("worker_id", ["", "a@b", "a b", "a{b}", "a\n", "x" * 129])
 def test_a_worker_id_that_redis_names_cannot_carry_is_refused(worker_id: str) -> None:
     with pytest.raises(ConfigError, match="worker_id"):

@@ -235,13 +235,27 @@ def test_a_worker_that_names_chunks_differently_is_served_but_never_trusted(
 def test_distrust_lasts_until_the_worker_restarts(house: House) -> None:
     house.lease(A)
     house.look()
-    house.registry.distrust("a")
+    house.registry.distrust(house.registry.snapshot()[0])
     assert house.registry.scheme("m") is None
     house.look()
     assert house.registry.scheme("m") is None
     house.lease(replace(A, boot_id="2"))
     house.look()
     assert house.registry.scheme("m") == SCHEME
+
+
+def test_what_a_process_did_is_not_held_against_the_one_that_took_its_place(house: House) -> None:
+    house.lease(A)
+    house.look()
+    (asked,) = house.registry.snapshot()
+    house.lease(replace(A, boot_id="2"))
+    house.look()
+    house.registry.distrust(asked)  # its answer was still on the way
+    house.look()
+    assert house.registry.scheme("m") == SCHEME
+    house.lease(A)  # two processes of one name
+    house.look()
+    assert house.registry.scheme("m") is None
 
 
 def test_the_scheme_is_the_majoritys(house: House) -> None:

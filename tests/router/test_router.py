@@ -53,7 +53,7 @@ def info(worker_id: str, epoch: int = 5) -> WorkerInfo:
 class House:
     """A router with three workers in the registry and whatever index the test planted."""
 
-    def __init__(self, valkey: ValkeyServer, policy: str = "predicted_ttft") -> None:
+    def __init__(self, valkey: ValkeyServer, policy: str = "predicted_ttft", shadow: str = "") -> None:
         self.valkey = valkey
         self._runner = asyncio.Runner()
         self._http = httpx.AsyncClient(transport=httpx.MockTransport(lambda _: httpx.Response(200)))
@@ -61,7 +61,9 @@ class House:
         self._index = IndexReader(valkey.unix_url, deadline_ms=1000)
         registry = Registry(self._http, self._fleet, [StaticWorker("http://plain:1", "plain")])
         self.board, self.heard = LoadBoard(), list[Any]()
-        self.router = Router(registry, self.board, self._index, policy, on_decision=self.heard.append)
+        self.router = Router(
+            registry, self.board, self._index, policy, on_decision=self.heard.append, shadow=shadow
+        )
         with valkey.client() as client:
             for one in map(info, FLEET_IDS):
                 beat = {"prefill_rate": "10000", "bw_host": "4e9", "bw_disk": "2e9", "bw_redis": "1e9"}
@@ -158,6 +160,23 @@ def test_a_session_stays_where_it_is_whatever_it_asks(valkey: ValkeyServer) -> N
         assert len({names(house.place(keys, 512))[0] for keys in asked}) == 3  # no name: by prompt
     finally:
         house.close()
+
+
+@pytest.mark.parametrize(("policy", "shadow"), [("prefix_ring", "session"), ("session", "prefix_ring")])
+def test_a_shadow_does_what_it_would_do_in_earnest(valkey: ValkeyServer, policy: str, shadow: str) -> None:
+    house, other = House(valkey, policy, shadow), House(valkey, shadow)
+    try:
+        differed = set()
+        for n in range(20):
+            asked, more = SCHEME.keys(range(n, n + 512)), {"tokens": 512, "session": b"%d" % (n % 3)}
+            did, would = names(house.place(asked, **more))[0], names(other.place(asked, **more))[0]
+            told = house.router.decisions[-1]["shadow"]
+            assert (told["worker"], told["differs"]) == (would, did != would)
+            differed.add(did != would)
+        assert differed == {True, False}
+    finally:
+        house.close()
+        other.close()
 
 
 def test_a_session_steers_the_ring_where_there_are_no_keys(house: House) -> None:

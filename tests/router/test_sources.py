@@ -85,14 +85,31 @@ def told(job: Callable[[Names, Dns], Awaitable[None]]) -> None:
 def test_every_address_of_a_name_is_a_worker_and_the_name_is_asked_again_after_a_while() -> None:
     async def job(names: Names, dns: Dns) -> None:
         assert urls(await dns.read()) == ["http://10.0.0.1:80", "http://10.0.0.2:80"]
-        names.addresses = ["10.0.0.2", "fd00::7", "fd00::7"]
+        names.addresses = ["10.0.0.3", "10.0.0.2", "10.0.0.3"]
         assert len(await dns.read()) == 2
         assert names.asked == 1
         names.now += DNS_SECONDS
         workers = await dns.read()
-        assert urls(workers) == ["http://10.0.0.2:80", "http://[fd00::7]:80"]
+        assert urls(workers) == ["http://10.0.0.2:80", "http://10.0.0.3:80"]
         assert {worker.model for worker in workers} == {"m"}
         assert names.asked == 2
+
+    told(job)
+
+
+def test_a_worker_with_addresses_of_two_families_is_one_worker() -> None:
+    async def job(names: Names, dns: Dns) -> None:
+        names.addresses = ["fd00::1", "fd00::2", "10.0.0.1", "10.0.0.2"]
+        assert urls(await dns.read()) == ["http://[fd00::1]:80", "http://[fd00::2]:80"]
+        names.addresses = ["10.0.0.2", "fd00::2", "fd00::1", "10.0.0.1"]  # all would have new names
+        names.now += DNS_SECONDS
+        assert urls(await dns.read()) == ["http://[fd00::1]:80", "http://[fd00::2]:80"]
+        names.addresses = ["10.0.0.2", "10.0.0.1"]
+        names.now += DNS_SECONDS
+        assert urls(await dns.read()) == ["http://10.0.0.1:80", "http://10.0.0.2:80"]
+        names.addresses = []
+        names.now += DNS_SECONDS
+        assert await dns.read() == []
 
     told(job)
 
