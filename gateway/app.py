@@ -64,7 +64,7 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
     handshake = Handshake(registry, http, pool, metrics, config.tokenizer_path, config.tokenizer_memo_bytes)
     prompts = Prompts(registry, handshake, pool, config.alias_map())
     attempts = Attempts(config, router, carrier, metrics)
-    dispatcher = Dispatcher(config, router, prompts, attempts, metrics)
+    dispatcher = Dispatcher(config, router, prompts, attempts, metrics, ended=[metrics.ended])
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -79,7 +79,7 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
                 opened.push_async_callback(index.close)
                 await index.open()
             await registry.refresh()
-            for running in (registry.run(), handshake.run()):
+            for running in (registry.run(), handshake.run(), metrics.watch_loop()):
                 opened.push_async_callback(_stopped, asyncio.create_task(running))
             yield
 

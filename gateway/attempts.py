@@ -60,6 +60,8 @@ class Attempts:
 
     async def _attempt(self, exchange: Exchange, prompt: Prompt, placement: Placement) -> None:
         client, worker = exchange.client, placement.worker
+        exchange.placement = placement
+        exchange.attempts += 1
         ticket = self._router.board.start(worker.id, prompt.tokens, placement.expected_hit_tokens)
         self._metrics.decisions.labels(placement.policy, placement.reason, worker.id).inc()
         self._metrics.predicted_hit.labels(worker.id).inc(placement.expected_hit_tokens)
@@ -68,7 +70,7 @@ class Attempts:
                 self._transport, worker.url, exchange.path, client.headers, exchange.body, self._patience
             ) as answer:
                 ticket.first_byte()
-                self._metrics.ttft.labels(exchange.model).observe(time.perf_counter() - exchange.arrived)
+                exchange.ttft = time.perf_counter() - exchange.arrived
                 try:
                     await relay(answer, client, _explanation(client, placement))
                 finally:

@@ -6,6 +6,7 @@ in a `finally`, the worker's connection by leaving `ask_worker`.
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gateway.attempts import Attempts
@@ -20,7 +21,6 @@ from router.router import Router
 
 log = logging.getLogger(__name__)
 
-CLIENT_CLOSED = 499  # the status a metric gets when the client left before the first byte
 SESSION = b"x-session-id"
 
 
@@ -28,10 +28,17 @@ class Dispatcher:
     """REQUIRES: used from one event loop; everything passed in outlives it."""
 
     def __init__(
-        self, config: GatewayConfig, router: Router, prompts: Prompts, attempts: Attempts, metrics: Metrics
+        self,
+        config: GatewayConfig,
+        router: Router,
+        prompts: Prompts,
+        attempts: Attempts,
+        metrics: Metrics,
+        ended: Sequence[Callable[[Exchange], None]] = (),
     ) -> None:
+        """Each of `ended` hears of every request once, when it is over; none may raise or wait."""
         self._config, self._router, self._metrics = config, router, metrics
-        self._prompts, self._attempts = prompts, attempts
+        self._prompts, self._attempts, self._ended = prompts, attempts, ended
         self.inflight = 0
         metrics.inflight.set_function(lambda: self.inflight)
 
@@ -46,22 +53,26 @@ class Dispatcher:
             if not await client.stays_for(self._answer(exchange)):
                 raise ClientGone
         except ClientGone:
-            self._metrics.aborts.inc()
+            exchange.aborted = True
         except GatewayError as exc:
+            exchange.failure = exc.code or exc.kind
             await client.refuse(exc)
         except Exception:  # the top of an ASGI handler
             log.exception("%s failed", path)
+            exchange.failure = "internal_error"
             await client.refuse(GatewayError("The gateway failed to handle this request."))
         finally:
             self.inflight -= 1
-            status = str(client.status or CLIENT_CLOSED)
-            self._metrics.requests.labels(exchange.model, path, status).inc()
+            exchange.total = time.perf_counter() - exchange.arrived
+            for hear in self._ended:
+                hear(exchange)
 
     async def _answer(self, exchange: Exchange) -> None:
         """Raises GatewayError."""
         ask, exchange.model, exchange.body = self._prompts.read(exchange.body)
         started = time.perf_counter()
         prompt = await self._prompts.prompt(exchange.model, ask, exchange.body, exchange.chat)
+        exchange.prompt = prompt
         if prompt.unkeyed:
             self._metrics.unkeyed.labels(prompt.unkeyed).inc()
         else:

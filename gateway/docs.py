@@ -97,6 +97,9 @@ def _cell(text: str) -> str:
 
 def metrics_page() -> str:
     lines = ["# Metrics", "", _NOTE, "", "Prometheus names; a histogram adds `_bucket`, `_sum` and `_count`."]
+    lines += [
+        "The gateway also has prometheus-client's `process_*`: CPU seconds, memory, open files, start time."
+    ]
     lines += _metrics_table("The gateway", _gateway_metrics())
     lines += _metrics_table("The cache engine, in vLLM's own /metrics", METRICS)
     return "\n".join(lines) + "\n"

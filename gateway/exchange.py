@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from cacheengine.keys import ChunkKey
 from gateway.proxy import Client
 from gateway.usage import NO_USAGE, Usage
+from router.placement import Placement
+from router.policy import SLOWEST
+
+CLIENT_CLOSED = 499  # the status of a request whose client left before the first byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,4 +35,36 @@ class Exchange:
     arrived: float
     body: bytes = b""
     model: str = "unknown"  # a metric's label: only ever the name of a model that is served
+    request_id: str = ""
+    tenant: str = ""  # the name of the caller's key, never the key
+    prompt: Prompt | None = None
+    placement: Placement | None = None  # of the last attempt
+    attempts: int = 0  # workers that were asked
+    queued: float = 0.0  # seconds it waited for its turn
+    ttft: float | None = None  # seconds from `arrived` to the worker's first byte
     usage: Usage = NO_USAGE  # what the worker says it cost; also of an answer that broke off
+    failure: str = ""  # the code of the error it ended with
+    aborted: bool = False  # the client hung up before the end
+    total: float = 0.0  # seconds from `arrived` to the end, once it has come
+
+    @property
+    def status(self) -> int:
+        """What the client was told."""
+        return self.client.status or CLIENT_CLOSED
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were not computed: as the worker counted, else as expected."""
+        if self.usage.cached is not None:
+            return self.usage.cached
+        return self.placement.expected_hit_tokens if self.placement else 0
+
+    @property
+    def saved_seconds(self) -> float:
+        """Computing that the cache spared this answer, less the time to load, at the worker's measured rates;
+        0 where the worker has not measured them."""
+        if self.placement is None or self.ttft is None or self.client.status != 200:
+            return 0.0
+        rate = self.placement.worker.load.prefill_rate
+        loading = self.placement.terms_ms.get("transfer", 0.0) / 1000
+        return max(0.0, self.cached_tokens / rate - loading) if rate >= SLOWEST else 0.0

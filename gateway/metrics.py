@@ -3,17 +3,23 @@
 Labels are bounded: models and workers are those the fleet registry knows, never text from a request.
 """
 
+import asyncio
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
+from gateway.exchange import Exchange
 from router.trust import STATES
 
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.25, 1.0)
 _SHARES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.2, 0.5, 1.0, 5.0)
+_LAG = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+_LAG_EVERY = 0.25  # seconds between two looks at the loop
 _TTFT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
@@ -28,8 +34,9 @@ class Metrics:
         self.requests = counter("cairn_gateway_requests", "Requests answered.", ["model", "route", "status"])
         self.ttft = Histogram(
             "cairn_gateway_ttft_seconds",
-            "Request received to first byte from the worker.",
-            ["model"],
+            "Request received to first byte from the worker, with (hit=yes) and without tokens from a cache; "
+            "counted when the answer ends, because the worker says then what was cached.",
+            ["model", "hit"],
             buckets=_TTFT,
             registry=registry,
         )
@@ -54,7 +61,34 @@ class Metrics:
             "Workers whose chunk keys or token ids are not ours; routed by hash only.",
             ["kind"],
         )
+        self._answers(registry)
         self._routing(registry)
+        ProcessCollector(registry=registry)
+
+    def ended(self, exchange: Exchange) -> None:
+        """A request is over, one way or another."""
+        model, usage = exchange.model, exchange.usage
+        self.requests.labels(model, exchange.path, str(exchange.status)).inc()
+        self.request_seconds.labels(model).observe(exchange.total)
+        if exchange.aborted:
+            self.aborts.inc()
+        if exchange.ttft is None or exchange.status != 200:
+            return
+        self.ttft.labels(model, "yes" if exchange.cached_tokens else "no").observe(exchange.ttft)
+        self.saved.labels(model).inc(exchange.saved_seconds)
+        self.prompt_tokens.labels(model).inc(usage.prompt or 0)
+        self.completion_tokens.labels(model).inc(usage.completion or 0)
+        if exchange.client.streams and usage.completion is not None and usage.completion > 1:
+            self.token_seconds.labels(model).observe(
+                (exchange.total - exchange.ttft) / (usage.completion - 1)
+            )
+
+    async def watch_loop(self) -> None:
+        """How late the event loop is, a few times a second, until cancelled."""
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(_LAG_EVERY)
+            self.loop_lag.observe(max(0.0, time.perf_counter() - before - _LAG_EVERY))
 
     def decided(self, decision: Mapping[str, Any]) -> None:
         """The router's decision log, as it is written."""
@@ -94,6 +128,40 @@ class Metrics:
         gone, self._shown = self._shown - now.keys(), set(now)
         for labels in gone:
             self.trust.remove(*labels)
+
+    def _answers(self, registry: CollectorRegistry) -> None:
+        counter = partial(Counter, registry=registry)
+        self.request_seconds = Histogram(
+            "cairn_gateway_request_seconds",
+            "Request received to the end of its answer, whatever it was.",
+            ["model"],
+            buckets=_TTFT,
+            registry=registry,
+        )
+        self.token_seconds = Histogram(
+            "cairn_gateway_time_per_output_token_seconds",
+            "Of streams that told their usage: first byte to the end, per token after the first.",
+            ["model"],
+            buckets=_TOKEN,
+            registry=registry,
+        )
+        self.prompt_tokens = counter(
+            "cairn_gateway_prompt_tokens", "Prompt tokens of answers that told their usage.", ["model"]
+        )
+        self.completion_tokens = counter(
+            "cairn_gateway_completion_tokens", "Generated tokens of answers that told their usage.", ["model"]
+        )
+        self.saved = counter(
+            "cairn_gateway_saved_seconds",
+            "Computing spared by cached tokens, less the time to load them, at the workers' measured rates.",
+            ["model"],
+        )
+        self.loop_lag = Histogram(
+            "cairn_gateway_loop_lag_seconds",
+            "How late the event loop woke up a timer, looked at four times a second.",
+            buckets=_LAG,
+            registry=registry,
+        )
 
     def _routing(self, registry: CollectorRegistry) -> None:
         counter = partial(Counter, registry=registry)
