@@ -49,10 +49,29 @@ METRICS = (
     Metric(
         "cairn_engine_probe_timeouts_total", "counter", "Redis look-ups that took too long and were a miss."
     ),
+    Metric("cairn_engine_index_written_total", "counter", "Entries the index took, announcements included."),
     Metric(
         "cairn_engine_index_overflows_total",
         "counter",
-        "Times the index queue overflowed; a new announcement of all chunks heals it.",
+        "Times the index queue overflowed and was dropped; a new announcement of all chunks heals it.",
+    ),
+    Metric(
+        "cairn_engine_index_announcements_total",
+        "counter",
+        "Times all chunks were announced: at the start, and again after an overflow or a loss.",
+    ),
+    Metric(
+        "cairn_engine_index_losses_total",
+        "counter",
+        "Times Redis had forgotten what it acknowledged, or the lease had run out.",
+    ),
+    Metric(
+        "cairn_engine_index_mended_total",
+        "counter",
+        "Entries that were missing or wrong in the index when they were compared, and were put right.",
+    ),
+    Metric(
+        "cairn_engine_index_errors_total", "counter", "Lost connections to the index and refused commands."
     ),
     Metric(
         "cairn_engine_read_bytes_per_second",
@@ -71,6 +90,8 @@ METRICS = (
     Metric("cairn_engine_used_chunks", "gauge", "Chunks a tier holds.", ("tier",)),
     Metric("cairn_engine_capacity_chunks", "gauge", "Chunks a tier can hold.", ("tier",)),
 )
+# of the index writer's counters, those above
+INDEX_COUNTS = ("written", "overflows", "announcements", "losses", "mended", "errors")
 KINDS = {metric.name: metric.kind for metric in METRICS}
 
 Series = tuple[str, tuple[str, ...]]  # metric name, label values

@@ -58,6 +58,7 @@ class _Request:
     tenant: str
     computed: int = 0
     found: int = 0  # tokens held here when it came
+    device: int = 0  # tokens the engine had itself at the last ask
     running: bool = False
     probe: Future[int] | None = None
     probed: Sequence[ChunkKey] = ()
@@ -106,7 +107,8 @@ class Planner:
         self._words: dict[int, _Words] = {}
         self._loads: list[Plan] = []
         self._grace = GRACE_SECONDS  # what is left of it in this step
-        self._totals = {"lookup_tokens": 0.0, **{f"hit_tokens_{tier}": 0.0 for tier in (HOST, DISK, REDIS)}}
+        tiers = ("device", HOST, DISK, REDIS)
+        self._totals = {"lookup_tokens": 0.0, **{f"hit_tokens_{tier}": 0.0 for tier in tiers}}
 
     # -- a request's life --------------------------------------------------------------------------
 
@@ -125,6 +127,7 @@ class Planner:
         request = self._requests.get(req_id)
         if request is None or request.barred:
             return 0
+        request.device = computed
         request.chain.extend(tokens)
         usable = self._usable(tokens)
         keys = request.chain.keys[: usable // self._per_chunk]
@@ -209,6 +212,7 @@ class Planner:
     def _starts(self, request: _Request) -> None:
         """First time a request runs: what it uses has proved useful."""
         request.running = True
+        self._totals["hit_tokens_device"] += request.device
         held = self.store.depth(request.chain.keys)
         if request.end is not None and request.hit == held:
             self.store.use(request.end.key)

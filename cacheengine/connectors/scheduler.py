@@ -29,7 +29,7 @@ from cacheengine.index_schema import Entry, WorkerInfo
 from cacheengine.index_writer import IndexWriter
 from cacheengine.keys import ChunkKey, probe_keys
 from cacheengine.layout import KVLayout
-from cacheengine.metrics import Tally
+from cacheengine.metrics import INDEX_COUNTS, Tally
 from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS, Want
 from cacheengine.store import Store
 from cacheengine.tiers.disk import erase, scan
@@ -57,7 +57,6 @@ class SchedulerHalf:
         self._ranks = vllm_config.parallel_config.world_size
         self._tally = Tally()
         self._counted: dict[tuple[str, str], int] = {}
-        self._overflows = 0
         self._stirred = 0.0  # when a plan was last made or reported
         slots = {HOST: host_slots(config, layout)}
         if config.disk_path:
@@ -215,9 +214,11 @@ class SchedulerHalf:
             self._tally.add(f"cairn_engine_{what}_chunks_total", since, tier)
             self._counted[what, tier] = total
         if self._index is not None:
-            overflows = self._index.stats.overflows
-            self._tally.add("cairn_engine_index_overflows_total", overflows - self._overflows)
-            self._overflows = overflows
+            for what in INDEX_COUNTS:
+                total = getattr(self._index.stats, what)
+                since = total - self._counted.get(("index", what), 0)
+                self._tally.add(f"cairn_engine_index_{what}_total", since)
+                self._counted["index", what] = total
         values = self._tally.take()
         if not values:
             return None

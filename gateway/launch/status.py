@@ -10,6 +10,24 @@ from gateway.launch.errors import LaunchError
 
 Worker = Mapping[str, Any]  # one worker of GET /admin/workers, with its heartbeat
 
+_COLUMNS = {
+    "worker": False,  # whether it is a number
+    "state": False,
+    "running": True,
+    "waiting": True,
+    "host tier": False,
+    "disk tier": False,
+    "from\ncache": True,
+    "from\ndevice": True,
+    "index": False,
+    "model": False,
+}
+_LEGEND = (
+    "running, waiting: requests.  tiers: how full, of how many chunks.  from cache: of all prompt tokens "
+    "since it started, those it did not compute; from device: of all, those that vLLM still had itself.  "
+    "index: exact about this worker lately, or stale and not believed"
+)
+
 
 def fetch_workers(url: str, timeout_seconds: float = 5.0) -> list[dict[str, Any]]:
     """GET /admin/workers of the gateway at `url`.  Raises LaunchError when it does not answer."""
@@ -62,13 +80,13 @@ def fill(worker: Worker, tier: str) -> str:
     return f"{100 * (used or 0) / slots:.0f} % of {slots:.0f}"
 
 
-def hit_rate(worker: Worker) -> float | None:
-    """Share of prompt tokens that came from a cache tier it started; None before the first prompt."""
+def hit_rate(worker: Worker, *tiers: str) -> float | None:
+    """Share of prompt tokens since it started that came from these tiers, or from any: vLLM's own device
+    cache is one.  None before the first prompt, and where it does not say."""
     asked = number(worker, "lookup_tokens")
-    if not asked:
-        return None
-    hits = sum(number(worker, name) or 0.0 for name in worker if name.startswith("hit_tokens_"))
-    return min(1.0, hits / asked)
+    names = [f"hit_tokens_{tier}" for tier in tiers] or [n for n in worker if n.startswith("hit_tokens_")]
+    found = [hits for name in names if (hits := number(worker, name)) is not None]
+    return min(1.0, sum(found) / asked) if asked and found else None
 
 
 def summary(workers: Sequence[Worker]) -> list[dict[str, Any]]:
@@ -84,6 +102,7 @@ def summary(workers: Sequence[Worker]) -> list[dict[str, Any]]:
             "host": fill(worker, "host"),
             "disk": fill(worker, "disk"),
             "hit_rate": hit_rate(worker),
+            "device_hit_rate": hit_rate(worker, "device"),
             "trust": trust_of(worker),
         }
         for worker in workers
@@ -91,25 +110,20 @@ def summary(workers: Sequence[Worker]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    out = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in (
-        "worker",
-        "state",
-        "running",
-        "waiting",
-        "host tier",
-        "disk tier",
-        "hit rate",
-        "index",
-        "model",
-    ):
-        numeric = heading in ("running", "waiting", "hit rate")
-        out.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    out = Table(box=None, header_style="bold", pad_edge=False, caption=_LEGEND, caption_justify="left")
+    for heading, numeric in _COLUMNS.items():
+        long = heading in ("worker", "model")  # where the terminal is narrow these give way
+        out.add_column(
+            heading,
+            justify="right" if numeric else "left",
+            no_wrap=not long,
+            overflow="fold",
+            min_width=len("worker") if long else None,
+        )
     for row in rows:
         colour = {"ready": "green", **dict.fromkeys(("stale", "draining", "drained"), "yellow")}.get(
             row["state"], "red"
         )
-        rate = "–" if row["hit_rate"] is None else f"{100 * row['hit_rate']:.0f} %"
         out.add_row(
             str(row["id"]),
             f"[{colour}]{row['state']}[/]",
@@ -117,11 +131,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
             _count(row["waiting"]),
             row["host"],
             row["disk"],
-            rate,
+            _percent(row["hit_rate"]),
+            _percent(row["device_hit_rate"]),
             str(row["trust"]),
             str(row["model"]),
         )
     return out
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} %"
 
 
 def _count(value: float | None) -> str:

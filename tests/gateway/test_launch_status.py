@@ -30,7 +30,15 @@ def test_a_worker_is_shown_with_its_fill_and_hit_rate():
     assert (shown["id"], shown["state"], shown["running"], shown["waiting"]) == ("w1", "ready", 2.0, 1.0)
     assert shown["host"] == "50 % of 60"
     assert shown["disk"] == "–"
-    assert shown["hit_rate"] == 0.75
+    assert (shown["hit_rate"], shown["device_hit_rate"]) == (0.75, None)
+
+
+def test_what_the_device_had_is_a_hit_too_and_shown_apart():
+    beat = {"lookup_tokens": "1000", "hit_tokens_device": "900", "hit_tokens_host": "0"}
+    shown = row(beat=beat)
+    assert (shown["hit_rate"], shown["device_hit_rate"]) == (0.9, 0.9)
+    shown = row(beat=beat | {"hit_tokens_host": "50"})
+    assert (shown["hit_rate"], shown["device_hit_rate"]) == (0.95, 0.9)
 
 
 def test_a_worker_whose_heartbeat_is_not_heard_is_stale():
@@ -61,10 +69,12 @@ def test_nonsense_in_a_heartbeat_is_left_out():
 
 
 def test_the_table_has_a_line_per_worker():
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(status.table([row(), row(id="w2", state="down")]))
     console.file.close()
     text = console.export_text()
     assert "w1" in text
     assert "w2" in text
     assert "75 %" in text
+    assert "device" in text
+    assert "since it started" in text

@@ -58,6 +58,17 @@ def test_cold_and_from_the_host_the_same_tokens(start, ranks, caching):
     assert hits(engine, "host") == LOADABLE
 
 
+def test_what_the_device_held_is_said_beside_what_the_tiers_brought(start):
+    engine = start()
+    for _ in range(3):
+        assert engine.ask(PROMPT) == ANSWER
+    assert (hits(engine, "device"), hits(engine, "host")) == (2 * LOADABLE, 0)
+    forget_device(engine)
+    assert engine.ask(PROMPT[:CHUNK] + PROMPT[:CHUNK], 1) == truth(PROMPT[:CHUNK] * 2, 1)
+    assert engine.ask(PROMPT) == ANSWER
+    assert (hits(engine, "device"), hits(engine, "host")) == (2 * LOADABLE + CHUNK, LOADABLE)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_from_disk_after_a_restart_the_same_tokens(start, tmp_path, ranks):
     disk = {"disk_path": str(tmp_path / "disk"), "disk_bytes": 8 << 20, "ranks": ranks}

@@ -101,6 +101,19 @@ def test_a_repeat_loads_all_but_the_last_token_s_block():
     assert plan.moves[3].blocks == (*table[12:15], SKIP)
 
 
+def test_tokens_the_device_held_are_counted_once_however_often_the_engine_asks():
+    rig = Rig()
+    rig.planner.begin("a", PROMPT, [])
+    for computed in (BLOCK, 2 * BLOCK, 2 * BLOCK):  # the last ask is the one that was granted
+        rig.planner.matched("a", PROMPT, computed)
+    assert rig.planner.totals()["hit_tokens_device"] == 0
+    rig.serve("a", PROMPT, 2 * BLOCK)
+    assert rig.planner.totals()["hit_tokens_device"] == 2 * BLOCK
+    rig.planner.matched("a", PROMPT, CHUNK)  # it was preempted
+    rig.serve("a", PROMPT, CHUNK)
+    assert rig.planner.totals()["hit_tokens_device"] == 2 * BLOCK
+
+
 TAILED = PROMPT[: CHUNK + 2 * BLOCK + 5]
 
 

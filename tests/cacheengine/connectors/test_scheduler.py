@@ -15,7 +15,9 @@ from cacheengine.arena import Arena
 from cacheengine.config import CacheConfig
 from cacheengine.connectors.scheduler import SchedulerHalf
 from cacheengine.connectors.wire import RankWords
+from cacheengine.index_writer import WriterStats
 from cacheengine.layout import KVLayout
+from cacheengine.metrics import INDEX_COUNTS, KINDS
 from cacheengine.plan import NO_PARENT
 from cacheengine.tier import Ref
 from cacheengine.tiers.disk import DiskTier
@@ -225,3 +227,19 @@ def test_a_chunk_is_held_when_the_last_of_the_ranks_has_spoken(tmp_path):
     assert engine.store.fill()["host"][0] == 0
     engine.heard(RankWords({plan.id: (1, 2)}))
     assert asked(engine, "b") == 2 * CHUNK  # the least of their words
+
+
+def test_what_the_index_writer_went_through_is_counted_once(tmp_path):
+    engine = half(tmp_path)
+    engine._index = SimpleNamespace(stats=WriterStats(written=7, announcements=1), publish=lambda _: None)
+    assert {name for name, _ in engine.stats().values()} >= {"cairn_engine_index_written_total"}
+    engine._index.stats.mended = 2
+    counted = {name: value for (name, _), value in engine.stats().values().items()}
+    assert counted["cairn_engine_index_mended_total"] == 2
+    assert "cairn_engine_index_written_total" not in counted
+
+
+@pytest.mark.parametrize("what", INDEX_COUNTS)
+def test_every_count_of_the_index_is_one_the_writer_keeps_and_a_metric(what):
+    assert getattr(WriterStats(), what) == 0
+    assert KINDS[f"cairn_engine_index_{what}_total"] == "counter"
