@@ -20,6 +20,7 @@ from gateway.attempts import Attempts
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.errors import error_body
+from gateway.flow import Turns
 from gateway.handshake import Handshake
 from gateway.metrics import Metrics
 from gateway.prompts import Prompts
@@ -64,7 +65,8 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
     handshake = Handshake(registry, http, pool, metrics, config.tokenizer_path, config.tokenizer_memo_bytes)
     prompts = Prompts(registry, handshake, pool, config.alias_map())
     attempts = Attempts(config, router, carrier, metrics)
-    dispatcher = Dispatcher(config, router, prompts, attempts, metrics, ended=[metrics.ended])
+    turns = _turns(config, registry, metrics)
+    dispatcher = Dispatcher(config, router, prompts, turns, attempts, metrics, ended=[metrics.ended])
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -92,6 +94,19 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
     app.add_exception_handler(RequestValidationError, _bad_parameter)
     app.add_exception_handler(Exception, _our_fault)
     return app
+
+
+def _turns(config: GatewayConfig, registry: Registry, metrics: Metrics) -> Turns:
+    turns = Turns(
+        registry.workers_for,
+        config.max_queue,
+        config.queue_timeout_seconds,
+        config.worker_seats,
+        waited=metrics.queue_wait.observe,
+        refused=lambda reason: metrics.refused.labels(reason).inc(),
+    )
+    metrics.queue.set_function(lambda: turns.depth)
+    return turns
 
 
 def _registry(

@@ -112,6 +112,31 @@ class GatewayConfig(Config):
         description="Longest pause in mid-answer, in seconds, whether the worker is silent or the "
         "client does not read. Leave it alone.",
     )
+    total_timeout_seconds: float = Field(
+        3600.0,
+        gt=0,
+        description="Longest life of a request once its body is read, waiting included, in seconds. "
+        "Raise it for answers that are streamed for longer.",
+    )
+    max_queue: int = Field(
+        1024,
+        ge=0,
+        description="Requests that may wait for room, of all models together; beyond it 503 with "
+        "Retry-After. They count in max_inflight too. Leave it alone.",
+    )
+    queue_timeout_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="Longest wait for room, in seconds; longer is 503 with Retry-After. Keep it below your "
+        "callers' own patience.",
+    )
+    worker_seats: int = Field(
+        0,
+        ge=0,
+        description="Requests a worker gets at once, of each gateway process; more wait here, in order of "
+        "priority and fair share. 0: its max_num_seqs and an eighth more where it tells (Cairn's connector "
+        "does), else 1024. Set it for workers without the connector whose max_num_seqs is smaller.",
+    )
     index_deadline_ms: float = Field(
         2.0,
         gt=0,

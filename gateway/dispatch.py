@@ -1,9 +1,11 @@
-"""One request from its bytes to its answer: read, tokenize, key, place, try workers until one speaks.
+"""One request from its bytes to its answer: read, tokenize, key, wait its turn, place, try workers until
+one speaks.
 
 Everything a request holds is released here: its place in the in-flight count and its ticket on the load board
-in a `finally`, the worker's connection by leaving `ask_worker`.
+and its turn in a `finally`, the worker's connection by leaving `ask_worker`.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -11,8 +13,9 @@ from typing import Any
 
 from gateway.attempts import Attempts
 from gateway.config import GatewayConfig
-from gateway.errors import GatewayError, NoWorker, Overloaded
-from gateway.exchange import Exchange
+from gateway.errors import GatewayError, NoWorker, Overloaded, TookTooLong
+from gateway.exchange import Exchange, Prompt
+from gateway.flow import Turns
 from gateway.metrics import Metrics
 from gateway.prompts import Prompts
 from gateway.proxy import Client, ClientGone
@@ -32,13 +35,14 @@ class Dispatcher:
         config: GatewayConfig,
         router: Router,
         prompts: Prompts,
+        turns: Turns,
         attempts: Attempts,
         metrics: Metrics,
         ended: Sequence[Callable[[Exchange], None]] = (),
     ) -> None:
         """Each of `ended` hears of every request once, when it is over; none may raise or wait."""
         self._config, self._router, self._metrics = config, router, metrics
-        self._prompts, self._attempts, self._ended = prompts, attempts, ended
+        self._prompts, self._turns, self._attempts, self._ended = prompts, turns, attempts, ended
         self.inflight = 0
         metrics.inflight.set_function(lambda: self.inflight)
 
@@ -50,8 +54,7 @@ class Dispatcher:
             if self.inflight > self._config.max_inflight:
                 raise Overloaded(self.inflight - 1)
             exchange.body = await client.body(self._config.max_body_bytes)
-            if not await client.stays_for(self._answer(exchange)):
-                raise ClientGone
+            await self._in_time(exchange)
         except ClientGone:
             exchange.aborted = True
         except GatewayError as exc:
@@ -67,6 +70,18 @@ class Dispatcher:
             for hear in self._ended:
                 hear(exchange)
 
+    async def _in_time(self, exchange: Exchange) -> None:
+        """Raises GatewayError and ClientGone."""
+        seconds = self._config.total_timeout_seconds
+        try:
+            async with asyncio.timeout(seconds) as timer:
+                if not await exchange.client.stays_for(self._answer(exchange)):
+                    raise ClientGone
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            raise TookTooLong(seconds) from None
+
     async def _answer(self, exchange: Exchange) -> None:
         """Raises GatewayError."""
         ask, exchange.model, exchange.body = self._prompts.read(exchange.body)
@@ -77,6 +92,14 @@ class Dispatcher:
             self._metrics.unkeyed.labels(prompt.unkeyed).inc()
         else:
             self._metrics.tokenize_seconds.observe(time.perf_counter() - started)
+        turn = await self._turns.take(prompt.model, exchange.caller, prompt.tokens)
+        exchange.queued = turn.waited
+        try:
+            await self._carry(exchange, prompt)
+        finally:
+            turn.done(exchange.usage.completion or 0)
+
+    async def _carry(self, exchange: Exchange, prompt: Prompt) -> None:
         session = exchange.client.header(SESSION) or prompt.session
         try:
             placements = await self._router.place(

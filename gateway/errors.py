@@ -6,10 +6,13 @@ GatewayError
   BodyTooLarge    413  more bytes than max_body_bytes
   NoWorker        503  nobody can take it now; Retry-After says when to come back
     Overloaded    503  max_inflight requests are already here
+    QueueFull     503  max_queue requests already wait for room
+    QueueTimeout  503  it waited longer than queue_timeout_seconds
   Upstream        502  a worker was tried and failed before its first byte reached the client
     Unreachable   502  it could not be connected to: the request never got there
     Busy          503  it answered 503 itself
     TooSlow       504  it was silent longer than the phase allows; never retried
+  TookTooLong     504  the whole of it lasted longer than total_timeout_seconds
 
 Worker answers with their own status (4xx, 5xx) are not errors here: they are relayed as they are.
 """
@@ -72,6 +75,29 @@ class Overloaded(NoWorker):
 
     def __init__(self, inflight: int) -> None:
         GatewayError.__init__(self, f"{inflight} requests are already in flight; try again shortly.")
+
+
+class QueueFull(NoWorker):
+    code = "overloaded"
+
+    def __init__(self, retry_after: int) -> None:
+        GatewayError.__init__(self, "Too many requests are waiting already; try again later.")
+        self.retry_after = retry_after
+
+
+class QueueTimeout(NoWorker):
+    code = "queue_timeout"
+
+    def __init__(self, seconds: float, retry_after: int) -> None:
+        GatewayError.__init__(self, f"No worker had room within {seconds:g} seconds; try again later.")
+        self.retry_after = retry_after
+
+
+class TookTooLong(GatewayError):
+    status, code = 504, "request_timeout"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The answer was not complete within {seconds:g} seconds.")
 
 
 class Upstream(GatewayError):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cacheengine.keys import ChunkKey
+from gateway.flow import ANYBODY, Tenant
 from gateway.proxy import Client
 from gateway.usage import NO_USAGE, Usage
 from router.placement import Placement
@@ -42,6 +43,7 @@ class Exchange:
     attempts: int = 0  # workers that were asked
     queued: float = 0.0  # seconds it waited for its turn
     ttft: float | None = None  # seconds from `arrived` to the worker's first byte
+    caller: Tenant = ANYBODY  # in whose name it waits for room
     usage: Usage = NO_USAGE  # what the worker says it cost; also of an answer that broke off
     failure: str = ""  # the code of the error it ended with
     aborted: bool = False  # the client hung up before the end

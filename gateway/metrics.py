@@ -63,6 +63,7 @@ class Metrics:
         )
         self._answers(registry)
         self._routing(registry)
+        self._flow(registry)
         ProcessCollector(registry=registry)
 
     def ended(self, exchange: Exchange) -> None:
@@ -128,6 +129,21 @@ class Metrics:
         gone, self._shown = self._shown - now.keys(), set(now)
         for labels in gone:
             self.trust.remove(*labels)
+
+    def _flow(self, registry: CollectorRegistry) -> None:
+        self.queue = Gauge("cairn_gateway_queue_requests", "Requests waiting for room.", registry=registry)
+        self.queue_wait = Histogram(
+            "cairn_gateway_queue_wait_seconds",
+            "Wait for room, of the requests that had to wait and got a turn.",
+            buckets=_TTFT,
+            registry=registry,
+        )
+        self.refused = Counter(
+            "cairn_gateway_queue_refused",
+            "Requests that found the queue full (queue_full) or waited too long in it (queue_timeout).",
+            ["reason"],
+            registry=registry,
+        )
 
     def _answers(self, registry: CollectorRegistry) -> None:
         counter = partial(Counter, registry=registry)

@@ -38,6 +38,8 @@ class Load(NamedTuple):
     bw_disk: float = 0
     bw_redis: float = 0
     beat_ms: float = 0  # server time; a new value is a new heartbeat
+    computed_tokens: float = 0  # since the worker started: stands still when it does
+    max_num_seqs: float = 0  # requests it runs at once
 
 
 UNKNOWN = Load()

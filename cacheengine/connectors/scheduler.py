@@ -55,6 +55,8 @@ class SchedulerHalf:
         self._config, self._layout = config, layout
         self._served = served_name(vllm_config)
         self._ranks = vllm_config.parallel_config.world_size
+        self._seats = vllm_config.scheduler_config.max_num_seqs
+        self._computed = 0  # tokens given to the engine to compute, cacheable or not
         self._tally = Tally()
         self._counted: dict[tuple[str, str], int] = {}
         self._stirred = 0.0  # when a plan was last made or reported
@@ -126,6 +128,7 @@ class SchedulerHalf:
             blocks = state.get_block_ids(req_id) if state is not None and request is not None else None
             if request is not None and blocks is not None:
                 scheduled.append(Scheduled(req_id, request.all_token_ids, computed[req_id], new, blocks[0]))
+        self._computed += sum(output.num_scheduled_tokens.values())
         with self._lock:
             plans = self.planner.step(scheduled)
             if self._config.ttl_seconds:
@@ -303,7 +306,7 @@ class SchedulerHalf:
         if self._device is not None:
             fill |= {"device_used": len(self._device), "device_slots": self._device.slots}
         up = int(self._remote.mend()) if self._remote else 0
-        totals = self.planner.totals()
+        totals = {**self.planner.totals(), "computed_tokens": self._computed, "max_num_seqs": self._seats}
         return {**self.planner.load(), **fill, **totals, "redis_up": up, "layout": self._layout.name}
 
     # -- start -------------------------------------------------------------------------------------

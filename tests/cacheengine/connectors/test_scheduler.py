@@ -34,6 +34,7 @@ def half(tmp_path, ranks: int = 1) -> SchedulerHalf:
     vllm = SimpleNamespace(
         model_config=SimpleNamespace(served_model_name="smol", model="/models/smol"),
         parallel_config=SimpleNamespace(world_size=ranks),
+        scheduler_config=SimpleNamespace(max_num_seqs=16),
     )
     config = CacheConfig(
         chunk_tokens=CHUNK, host_bytes=1 << 20, disk_path=str(tmp_path / "disk"), disk_bytes=DISK_BYTES

@@ -28,6 +28,7 @@ SCHEME = LAYOUT.scheme
 KEYS = SCHEME.keys(range(32 * 4))
 VLLM: Any = SimpleNamespace(
     parallel_config=SimpleNamespace(world_size=1),
+    scheduler_config=SimpleNamespace(max_num_seqs=16),
     model_config=SimpleNamespace(model="/m", served_model_name="m"),
 )
 
