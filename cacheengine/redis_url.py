@@ -133,6 +133,14 @@ def server_of(made: redis.Redis, name: str | bytes) -> redis.Redis:
     return cast(redis.Redis, made.get_redis_connection(node))
 
 
+def servers_of(made: redis.Redis) -> list[redis.Redis]:
+    """Clients of all servers with data, for what is asked of each (SCAN): the one, or a Cluster's masters.
+    `made` is what client() returned."""
+    if not isinstance(made, redis.RedisCluster):
+        return [made]
+    return [cast(redis.Redis, made.get_redis_connection(node)) for node in made.get_primaries()]
+
+
 def async_client(url: str, **options: Any) -> redis.asyncio.Redis:
     """The same for asyncio, in every case connected lazily.  Raises ConfigError."""
     parsed = parse(url)

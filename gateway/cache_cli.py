@@ -22,6 +22,7 @@ from rich.prompt import Confirm
 
 from cacheengine.index_schema import Lease
 from cacheengine.keys import ChunkKey, KeyScheme
+from cacheengine.redis_url import DOWN
 from cacheengine.wishes import TooManyPins, Verb
 from gateway import cache_view
 from gateway.cache_deeds import keep_blobs, namespaces_of, say, unlink_blobs, wait
@@ -372,5 +373,5 @@ def _opened(redis_url: str | None) -> Iterator[Place]:
             yield Place(url, stack.url if stack else settings.url, client)
     except TooManyPins as exc:
         raise UsageError(str(exc)) from None
-    except redis.RedisError as exc:
+    except DOWN as exc:
         raise LaunchError(f"Redis refused or stopped answering ({type(exc).__name__})") from None

@@ -10,6 +10,7 @@ from typing import cast
 
 import redis
 
+from cacheengine import redis_url
 from cacheengine.config import CacheConfig
 from cacheengine.index_schema import Lease
 from cacheengine.keys import ChunkKey
@@ -100,8 +101,11 @@ def unlink_blobs(client: redis.Redis, model: str) -> Iterator[tuple[int, int]]:
     name = escape(model)
     ours = re.compile(rf"{re.escape(name)}@\d+@\d+@[0-9a-f]{{32}}(_bytes)?".encode())
     pattern = _GLOB.sub(r"\\\1", name) + "@*"
-    cursor = -1
-    while cursor:
-        cursor, found = client.scan(max(cursor, 0), match=pattern, count=_SCAN)
-        batch = [key for key in cast(list[bytes], found) if ours.fullmatch(key)]
-        yield _SCAN, int(client.unlink(*batch)) if batch else 0
+    for server in redis_url.servers_of(client):
+        cursor = -1
+        while cursor:
+            cursor, found = cast(tuple[int, list[bytes]], server.scan(max(cursor, 0), pattern, _SCAN))
+            with client.pipeline(transaction=False) as pipe:
+                for key in filter(ours.fullmatch, found):
+                    pipe.unlink(key)  # one by one: on a Cluster no two need share a slot
+                yield _SCAN, sum(pipe.execute())

@@ -1,4 +1,5 @@
-"""The cache as Redis tells of it: who is alive, who holds which chunk where, what a blob says of itself.
+"""The cache as Redis, one server or a Cluster, tells of it: who is alive, who holds which chunk where, what a
+blob says of itself.
 
 Everything here reads.  Unlike the router's look-up this one asks for every chunk, and asks the shared tier
 itself: a person who looks wants what is, not what is likely.
@@ -57,8 +58,6 @@ class Place:
 def connect(url: str) -> redis.Redis:
     """Raises LaunchError; its sentence never holds the URL, which may hold a password."""
     try:
-        if redis_url.parse(url).kind == "cluster":
-            raise UsageError("these commands do not look into a Redis Cluster yet")
         client = redis_url.client(url, socket_timeout=_SECONDS, socket_connect_timeout=_SECONDS, protocol=2)
         client.ping()
     except ConfigError as exc:
@@ -139,12 +138,14 @@ def places(
         with client.pipeline(transaction=False) as pipe:
             for key in batch:
                 pipe.hgetall(chunk_name(namespace, roots.get(key, key), key))
-                pipe.exists(*(name for pair in blob_names(info, key) for name in pair))
+                for name in (name for pair in blob_names(info, key) for name in pair):
+                    pipe.exists(name)  # one by one: on a Cluster they are on several nodes
             answers = pipe.execute()
-        for fields, present in zip(answers[::2], answers[1::2], strict=True):
-            lives = {field.decode(): int(bits) for field, bits in fields.items()}
+        each = 1 + 2 * info.world_size
+        for at in range(0, len(answers), each):
+            lives = {field.decode(): int(bits) for field, bits in answers[at].items()}
             held = {names[field]: bits for field, bits in lives.items() if field in names}
-            found.append(Place(held, present == 2 * info.world_size))
+            found.append(Place(held, all(answers[at + 1 : at + each])))
     return found
 
 

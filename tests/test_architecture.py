@@ -62,7 +62,9 @@ MAY_IMPORT = {
         "gateway", "router", "cacheengine.frame", "cacheengine.redis_url", "cacheengine.tiers.redis",
         *INDEX, *WORDS,
     },
-    "gateway.cache_deeds": {"gateway", "cacheengine.tiers.redis", *INDEX, *WORDS},
+    "gateway.cache_deeds": {
+        "gateway", "cacheengine.redis_url", "cacheengine.tiers.redis", *INDEX, *WORDS,
+    },
     # the launcher sits beside the gateway: it builds what the engine loads and checks what it needs
     "gateway.launch": {
         "gateway.launch", "cacheengine.build", "cacheengine.offline", "cacheengine.redis_url", *WORDS,

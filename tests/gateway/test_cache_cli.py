@@ -490,10 +490,6 @@ def test_what_is_no_redis_url_is_one_sentence_without_its_password(cairn, url):
     assert "hunter2" not in result.output
 
 
-def test_a_cluster_has_nothing_to_look_into_yet(cairn):
-    assert "Cluster" in sentence(cairn("lookup", "--prompt", "x", "--redis-url", "redis-cluster://h1,h2"), 2)
-
-
 def test_no_worker_alive_is_said(cairn):
     assert "no worker is alive" in sentence(cairn("lookup", "--prompt", "x"), 1)
 
