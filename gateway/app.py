@@ -25,6 +25,7 @@ from gateway.handshake import Handshake
 from gateway.metrics import Metrics
 from gateway.prompts import Prompts
 from gateway.routes import generation, openai, operations
+from gateway.tracing import NO_TRACER, Tracer
 from router.load import LoadBoard
 from router.registry import Registry
 from router.router import Router
@@ -34,9 +35,15 @@ from router.trust import Trust
 _KEEPALIVE_SECONDS = 4.0
 
 
-def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> FastAPI:
+def create_app(
+    config: GatewayConfig,
+    *,
+    transport: httpx.AsyncBaseTransport | None = None,
+    tracer: Tracer = NO_TRACER,
+) -> FastAPI:
     """Objects are made here and do no I/O; the lifespan opens and closes them.  `transport` carries requests
-    to workers; the default is httpx's pool without a limit, since max_inflight is the limit."""
+    to workers; the default is httpx's pool without a limit, since max_inflight is the limit.  `tracer` is
+    closed with the rest."""
     metrics = Metrics(CollectorRegistry())
     pool = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="cairn-tokenize")
     limits = httpx.Limits(
@@ -66,11 +73,13 @@ def create_app(config: GatewayConfig, *, transport: httpx.AsyncBaseTransport | N
     prompts = Prompts(registry, handshake, pool, config.alias_map())
     attempts = Attempts(config, router, carrier, metrics)
     turns = _turns(config, registry, metrics)
-    dispatcher = Dispatcher(config, router, prompts, turns, attempts, metrics, ended=[metrics.ended])
+    ended = [metrics.ended, tracer.ended]
+    dispatcher = Dispatcher(config, router, prompts, turns, attempts, metrics, tracer, ended)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as opened:
+            opened.push_async_callback(tracer.close)
             opened.callback(pool.shutdown, wait=False, cancel_futures=True)
             await opened.enter_async_context(carrier)
             await opened.enter_async_context(http)

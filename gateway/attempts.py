@@ -11,7 +11,9 @@ from gateway.errors import GatewayError, NoWorker, TooSlow, Unreachable, Upstrea
 from gateway.exchange import Exchange, Prompt
 from gateway.metrics import Metrics
 from gateway.proxy import Client, Headers, Patience, ask_worker, relay
+from gateway.trace import Attempt
 from gateway.usage import Usage
+from router.load import Ticket
 from router.placement import Placement
 from router.router import Router
 
@@ -59,26 +61,39 @@ class Attempts:
         raise failure
 
     async def _attempt(self, exchange: Exchange, prompt: Prompt, placement: Placement) -> None:
-        client, worker = exchange.client, placement.worker
         exchange.placement = placement
-        exchange.attempts += 1
-        ticket = self._router.board.start(worker.id, prompt.tokens, placement.expected_hit_tokens)
-        self._metrics.decisions.labels(placement.policy, placement.reason, worker.id).inc()
-        self._metrics.predicted_hit.labels(worker.id).inc(placement.expected_hit_tokens)
+        before, exchange.attempts = exchange.attempts, exchange.attempts + 1
+        ticket = self._router.board.start(placement.worker.id, prompt.tokens, placement.expected_hit_tokens)
+        self._metrics.decisions.labels(placement.policy, placement.reason, placement.worker.id).inc()
+        self._metrics.predicted_hit.labels(placement.worker.id).inc(placement.expected_hit_tokens)
         try:
-            async with ask_worker(
-                self._transport, worker.url, exchange.path, client.headers, exchange.body, self._patience
-            ) as answer:
-                ticket.first_byte()
-                exchange.ttft = time.perf_counter() - exchange.arrived
-                try:
-                    await relay(answer, client, _explanation(client, placement))
-                finally:
-                    exchange.usage = answer.usage
-            if answer.status == 200:
+            with exchange.trace.attempt(placement, exchange.path, exchange.model, before) as span:
+                status = await self._ask(exchange, placement, ticket, span)
+            if status == 200:
                 self._learn(exchange.usage, placement, prompt)
         finally:
             ticket.done()
+
+    async def _ask(self, exchange: Exchange, placement: Placement, ticket: Ticket, span: Attempt) -> int:
+        """One worker's answer to the client; its status."""
+        client = exchange.client
+        async with ask_worker(
+            self._transport,
+            placement.worker.url,
+            exchange.path,
+            span.headers(client.headers),
+            exchange.body,
+            self._patience,
+            span.connected,
+        ) as answer:
+            ticket.first_byte()
+            span.first_byte(answer.status)
+            exchange.ttft = time.perf_counter() - exchange.arrived
+            try:
+                await relay(answer, client, _explanation(client, placement))
+            finally:
+                exchange.usage = answer.usage
+            return answer.status
 
     def _learn(self, usage: Usage, placement: Placement, prompt: Prompt) -> None:
         if (cached := usage.cached) is not None:

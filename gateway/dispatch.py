@@ -19,6 +19,7 @@ from gateway.flow import Turns
 from gateway.metrics import Metrics
 from gateway.prompts import Prompts
 from gateway.proxy import Client, ClientGone
+from gateway.tracing import Tracer
 from router.placement import NoWorker as NobodyReady
 from router.router import Router
 
@@ -38,17 +39,20 @@ class Dispatcher:
         turns: Turns,
         attempts: Attempts,
         metrics: Metrics,
+        tracer: Tracer,
         ended: Sequence[Callable[[Exchange], None]] = (),
     ) -> None:
         """Each of `ended` hears of every request once, when it is over; none may raise or wait."""
         self._config, self._router, self._metrics = config, router, metrics
-        self._prompts, self._turns, self._attempts, self._ended = prompts, turns, attempts, ended
+        self._prompts, self._turns, self._attempts = prompts, turns, attempts
+        self._tracer, self._ended = tracer, ended
         self.inflight = 0
         metrics.inflight.set_function(lambda: self.inflight)
 
     async def serve(self, client: Client, path: str, chat: bool) -> None:
         """Answer one generation request, whatever happens."""
         exchange = Exchange(client, path, chat, time.perf_counter())
+        exchange.trace = self._tracer.begin(client, path, exchange.arrived)
         self.inflight += 1
         try:
             if self.inflight > self._config.max_inflight:
@@ -84,22 +88,24 @@ class Dispatcher:
 
     async def _answer(self, exchange: Exchange) -> None:
         """Raises GatewayError."""
+        trace, started = exchange.trace, time.perf_counter()
         ask, exchange.model, exchange.body = self._prompts.read(exchange.body)
-        started = time.perf_counter()
+        started = trace.step("parse", started)
         prompt = await self._prompts.prompt(exchange.model, ask, exchange.body, exchange.chat)
         exchange.prompt = prompt
+        tokenized = trace.step("tokenize", started)
         if prompt.unkeyed:
             self._metrics.unkeyed.labels(prompt.unkeyed).inc()
         else:
-            self._metrics.tokenize_seconds.observe(time.perf_counter() - started)
+            self._metrics.tokenize_seconds.observe(tokenized - started)
         turn = await self._turns.take(prompt.model, exchange.caller, prompt.tokens)
         exchange.queued = turn.waited
         try:
-            await self._carry(exchange, prompt)
+            await self._carry(exchange, prompt, trace.step("queue", tokenized))
         finally:
             turn.done(exchange.usage.completion or 0)
 
-    async def _carry(self, exchange: Exchange, prompt: Prompt) -> None:
+    async def _carry(self, exchange: Exchange, prompt: Prompt, started: float) -> None:
         session = exchange.client.header(SESSION) or prompt.session
         try:
             placements = await self._router.place(
@@ -107,6 +113,8 @@ class Dispatcher:
             )
         except NobodyReady as exc:
             raise NoWorker(prompt.model) from exc
+        if self._router.decisions:  # nothing ran since: the last one is ours
+            exchange.trace.placed(started, self._router.decisions[-1])
         await self._attempts.answer(exchange, prompt, placements)
 
     async def explain(self, body: bytes, session: bytes = b"") -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from cacheengine.keys import ChunkKey
 from gateway.flow import ANYBODY, Tenant
 from gateway.proxy import Client
+from gateway.trace import NO_TRACE, Trace
 from gateway.usage import NO_USAGE, Usage
 from router.placement import Placement
 from router.policy import SLOWEST
@@ -37,7 +38,6 @@ class Exchange:
     body: bytes = b""
     model: str = "unknown"  # a metric's label: only ever the name of a model that is served
     request_id: str = ""
-    tenant: str = ""  # the name of the caller's key, never the key
     prompt: Prompt | None = None
     placement: Placement | None = None  # of the last attempt
     attempts: int = 0  # workers that were asked
@@ -47,6 +47,7 @@ class Exchange:
     usage: Usage = NO_USAGE  # what the worker says it cost; also of an answer that broke off
     failure: str = ""  # the code of the error it ended with
     aborted: bool = False  # the client hung up before the end
+    trace: Trace = NO_TRACE
     total: float = 0.0  # seconds from `arrived` to the end, once it has come
 
     @property

@@ -7,9 +7,10 @@ byte, so until then another worker may be tried.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 from starlette.types import Message, Receive, Scope, Send
@@ -47,6 +48,8 @@ class Client:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.headers: Headers = scope["headers"]
+        self.method: str = scope.get("method", "POST")
+        self.scheme: str = scope.get("scheme", "http")
         self.status = 0  # of the answer, once started
         self.finished = False
         self.streams = False  # the answer is server-sent events
@@ -156,18 +159,23 @@ async def ask_worker(
     headers: Headers,
     body: bytes,
     patience: Patience,
+    connected: Callable[[], None] | None = None,
 ) -> AsyncIterator[Answer]:
     """Send `body` untouched and wait for the first bytes of the answer; leaving closes the connection.
 
     Straight to the transport: httpx.Client would add cookies, redirects and proxies from the environment.
     Raises Unreachable, Busy (it answered 503), TooSlow, or Upstream (it closed without a byte) on entry;
-    TooSlow and Upstream out of the body of the `with` too.  One timer, moved along, guards every silence."""
+    TooSlow and Upstream out of the body of the `with` too.  One timer, moved along, guards every silence.
+    `connected` hears when a connection is there, new or kept."""
+    extensions: dict[str, Any] = {"timeout": {"connect": patience.connect}}
+    if connected is not None:
+        extensions["trace"] = _told_when_connected(connected)
     request = httpx.Request(
         "POST",
         base_url + path,
         headers=_forwarded(headers),
         content=body,
-        extensions={"timeout": {"connect": patience.connect}},
+        extensions=extensions,
     )
     response: httpx.Response | None = None
     try:
@@ -221,6 +229,14 @@ def whole_events(data: bytes) -> tuple[bytes, bytes]:
     if not cut and len(data) > _MAX_HELD_BYTES:
         return data, b""
     return data[:cut], data[cut:]
+
+
+def _told_when_connected(connected: Callable[[], None]) -> Callable[..., Awaitable[None]]:
+    async def heard(event: str, info: Any) -> None:  # httpcore's `trace` extension
+        if event.endswith(".send_request_headers.started"):
+            connected()
+
+    return heard
 
 
 def _forwarded(headers: Headers) -> Headers:

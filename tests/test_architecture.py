@@ -69,7 +69,9 @@ MAY_IMPORT = {
     "gateway.launch": {
         "gateway.launch", "cacheengine.build", "cacheengine.offline", "cacheengine.redis_url", *WORDS,
     },
-    "gateway.launch.serve": {"gateway.app", "gateway.config", "gateway.launch", *WORDS},
+    "gateway.launch.serve": {
+        "gateway.app", "gateway.config", "gateway.logs", "gateway.tracing", "gateway.launch", *WORDS,
+    },
 }  # fmt: skip
 # The plan said 9,400, without the launcher (`make up`, `cairn status` and `doctor`: 1,900 lines).  Then came
 # codecs, Sentinel and Cluster, eviction policies, tails, quotas, the commands that look into the cache; then
@@ -79,6 +81,7 @@ MAY_USE = {
     "torch": ("cacheengine.ops", "cacheengine.connectors", "gateway.launch.convert"),
     "vllm": ("cacheengine.connectors",),
     "fastapi": ("gateway",),
+    "opentelemetry": ("gateway.spans",),
 }
 
 

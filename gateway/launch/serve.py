@@ -6,6 +6,7 @@ the rest.
 
 import json
 import logging
+import os
 import sys
 
 import uvicorn
@@ -13,6 +14,7 @@ import uvicorn
 from cacheengine.config import ConfigError
 from gateway.app import create_app
 from gateway.config import GatewayConfig
+from gateway.tracing import tracer
 
 GRACE_SECONDS = 5  # open streams may finish for this long after SIGTERM
 
@@ -21,11 +23,12 @@ def main() -> None:
     flags = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
     try:
         config = GatewayConfig.load(flags.pop("config", None), **flags)
+        traced = tracer(os.environ)
     except ConfigError as exc:
         sys.exit(f"cairn gateway: {exc}")
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     uvicorn.run(
-        create_app(config),
+        create_app(config, tracer=traced),
         host=config.host,
         port=config.port,
         loop="uvloop",
