@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 LEARN_SECONDS = 30.0  # how long a Cluster's map is believed without asking
 DOUBT_SECONDS = 1.0  # ... while a node does not answer, or said that a slot has moved
 MAX_NODES = 1024
+SLOTS = 16_384
 
 _OPTIONS: Mapping[str, Any] = {
     "socket_timeout": None, "socket_connect_timeout": PROBE_SECONDS, "protocol": 2,
@@ -40,7 +41,7 @@ class Nodes(Protocol):
 
     @property
     def up(self) -> bool:
-        """Whether any server answers."""
+        """Whether every name has a server that answers."""
 
     async def close(self) -> None: ...
 
@@ -96,7 +97,9 @@ class Cluster:
 
     @property
     def up(self) -> bool:
-        return bool(self._ranges) and any(node.up for node in self._nodes.values())
+        return _whole(self._starts, self._ranges) and all(
+            (node := self._nodes.get(where)) is not None and node.up for _, where in self._ranges
+        )
 
     async def close(self) -> None:
         self._learner.cancel()
@@ -147,6 +150,12 @@ class Cluster:
         self._changed.set()
         for where in set(self._nodes) - wanted:
             await self._nodes.pop(where).close()
+
+
+def _whole(starts: list[int], ranges: list[tuple[int, Where]]) -> bool:
+    """Whether there is no slot that nobody serves."""
+    ends = [last + 1 for last, _ in ranges]
+    return bool(ranges) and starts == [0, *ends[:-1]] and ends[-1] == SLOTS
 
 
 def _drawn(answer: Any, asked: str) -> list[tuple[int, int, Where]]:

@@ -61,11 +61,12 @@ class IndexReader:
 
     @property
     def up(self) -> bool:
-        """Whether a look-up would be tried now; on a Cluster, by at least one node."""
+        """Whether every look-up would be tried now; on a Cluster each node must be there."""
         return self._nodes is not None and self._nodes.up
 
     async def open(self, timeout: float = PROBE_SECONDS) -> bool:
-        """Start connecting; wait at most `timeout` seconds for it.  Never raises: connecting goes on."""
+        """Start connecting; wait at most `timeout` seconds until it is `up`, and say whether it is.  Never
+        raises: connecting goes on, and what is there already is asked."""
         if self._nodes is None:
             self._nodes = self._make(self._url, _LOOKUP, self._changed)
         with contextlib.suppress(TimeoutError):

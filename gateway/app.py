@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,8 @@ from router.load import LoadBoard
 from router.registry import Registry
 from router.router import Router
 from router.trust import Trust
+
+log = logging.getLogger(__name__)
 
 # vLLM's server drops idle connections after 5 s: let go a little earlier than it does.
 _KEEPALIVE_SECONDS = 4.0
@@ -88,7 +91,10 @@ def create_app(
                 opened.push_async_callback(orders.close)
             if index is not None:
                 opened.push_async_callback(index.close)
-                await index.open()
+                if not await index.open():
+                    log.warning(
+                        "not all of the chunk index answers; until it does, prompts are placed by hash"
+                    )
             await registry.refresh()
             for running in (registry.run(), handshake.run(), metrics.watch_loop()):
                 opened.push_async_callback(_stopped, asyncio.create_task(running))

@@ -1,5 +1,6 @@
 """The chunk index on a real Cluster: a line and a breaker per node, slots that move, nodes that forget."""
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +10,8 @@ import redis
 from redis.crc import key_slot
 
 from cacheengine.errors import IndexDown
-from cacheengine.index_nodes import _drawn
+from cacheengine.index_nodes import _drawn, _whole
+from cacheengine.index_reader import IndexReader
 from cacheengine.index_schema import HOST, Depths, Entry, chunk_name, field_of
 from cacheengine.keys import ChunkKey
 from tests.cacheengine.index_rig import NS, SCHEME, Loop, Worker, wait_until
@@ -91,6 +93,44 @@ def test_a_frozen_node_costs_only_its_own_families(cluster: Cluster, worker: Wor
         wait_until(cluster.whole)
     finally:
         index.close()
+
+
+@pytest.mark.e2e
+def test_an_index_is_open_once_every_family_has_its_server(cluster: Cluster, worker: Worker) -> None:
+    silent = server_of(cluster, FAMILIES[0])
+
+    async def main() -> None:
+        reader = IndexReader(cluster.url, deadline_ms=2000)
+        try:
+            with silent.frozen():
+                assert not await reader.open(1.0)
+                assert not reader.up
+                for keys in FAMILIES:
+                    if server_of(cluster, keys) is not silent:
+                        assert await reader.holders(NS, keys)  # they need not wait for it
+            assert await reader.open(30.0)
+            for keys in FAMILIES:
+                assert await reader.holders(NS, keys)
+        finally:
+            await reader.close()
+
+    asyncio.run(main())
+    wait_until(cluster.whole)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "true"),
+    [
+        ([(0, 16383)], True),
+        ([(0, 99), (100, 16383)], True),
+        ([], False),
+        ([(0, 99), (101, 16383)], False),
+        ([(1, 16383)], False),
+        ([(0, 16382)], False),
+    ],
+)
+def test_a_map_with_a_hole_is_not_whole(ranges: list[tuple[int, int]], true: bool) -> None:
+    assert _whole([first for first, _ in ranges], [(last, ("h", 1)) for _, last in ranges]) == true
 
 
 @pytest.fixture
