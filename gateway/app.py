@@ -63,15 +63,7 @@ def create_app(
     board = LoadBoard()
     trust = Trust()
     registry = _registry(config, http, fleet, orders, board, trust, metrics)
-    router = Router(
-        registry,
-        board,
-        index,
-        config.policy,
-        on_decision=metrics.decided,
-        shadow=config.shadow_policy,
-        trust=trust,
-    )
+    router = _router(config, registry, board, index, trust, metrics)
     handshake = Handshake(registry, http, pool, metrics, config.tokenizer_path, config.tokenizer_memo_bytes)
     prompts = Prompts(registry, handshake, pool, config.alias_map())
     attempts = Attempts(config, router, carrier, metrics)
@@ -91,10 +83,7 @@ def create_app(
                 opened.push_async_callback(orders.close)
             if index is not None:
                 opened.push_async_callback(index.close)
-                if not await index.open():
-                    log.warning(
-                        "not all of the chunk index answers; until it does, prompts are placed by hash"
-                    )
+                await _open(index)
             await registry.refresh()
             for running in (registry.run(), handshake.run(), metrics.watch_loop()):
                 opened.push_async_callback(_stopped, asyncio.create_task(running))
@@ -109,6 +98,30 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _bad_parameter)
     app.add_exception_handler(Exception, _our_fault)
     return app
+
+
+async def _open(index: IndexReader) -> None:
+    if not await index.open():
+        log.warning("not all of the chunk index answers; until it does, prompts are placed by hash")
+
+
+def _router(
+    config: GatewayConfig,
+    registry: Registry,
+    board: LoadBoard,
+    index: IndexReader | None,
+    trust: Trust,
+    metrics: Metrics,
+) -> Router:
+    return Router(
+        registry,
+        board,
+        index,
+        config.policy,
+        on_decision=metrics.decided,
+        shadow=config.shadow_policy,
+        trust=trust,
+    )
 
 
 def _turns(config: GatewayConfig, registry: Registry, metrics: Metrics) -> Turns:
