@@ -89,7 +89,7 @@ def create_app(
                 opened.push_async_callback(_stopped, asyncio.create_task(running))
             yield
 
-    app = FastAPI(title="Cairn", lifespan=lifespan)
+    app = FastAPI(title="Cairn", lifespan=lifespan, redirect_slashes=False)
     app.router.routes.extend(generation(dispatcher))
     app.include_router(openai(router, config.alias_map(), started=int(time.time())))
     app.include_router(operations(router, metrics))

@@ -74,7 +74,7 @@ def read_ask(body: bytes) -> Ask:
         raise BadRequest(
             f"The request body is not acceptable: {exc}.", "model" if "$.model" in str(exc) else None
         ) from exc
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise BadRequest(f"The request body is not valid JSON: {exc}.") from exc
 
 

@@ -88,6 +88,12 @@ class GatewayConfig(Config):
         description="Requests carried at once; beyond it 503 with Retry-After. Each keeps its body in RAM: "
         "lower it where max_body_bytes is raised.",
     )
+    receive_timeout_seconds: float = Field(
+        20.0,
+        gt=0,
+        description="Longest time for a request to arrive, in seconds, and one second more for every 16 KiB "
+        "of it; later is answered 408. Leave it alone.",
+    )
     max_retries: int = Field(
         1,
         ge=0,

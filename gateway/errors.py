@@ -3,11 +3,14 @@
 GatewayError
   BadRequest      400  the body is not what this endpoint takes
   UnknownModel    404  no worker serves that model
+  RequestTooSlow  408  it took too long to arrive
   BodyTooLarge    413  more bytes than max_body_bytes
+  HeadTooLarge    431  more bytes of headers than a connection takes
   NoWorker        503  nobody can take it now; Retry-After says when to come back
     Overloaded    503  max_inflight requests are already here
     QueueFull     503  max_queue requests already wait for room
     QueueTimeout  503  it waited longer than queue_timeout_seconds
+    Crowded       503  more connections than the process keeps
   Upstream        502  a worker was tried and failed before its first byte reached the client
     Unreachable   502  it could not be connected to: the request never got there
     Busy          503  it answered 503 itself
@@ -63,6 +66,20 @@ class BodyTooLarge(GatewayError):
         super().__init__(f"The request body is larger than {limit} bytes.")
 
 
+class RequestTooSlow(GatewayError):
+    status, kind, code = 408, "invalid_request_error", "slow_request"
+
+    def __init__(self) -> None:
+        super().__init__("The request took too long to arrive.")
+
+
+class HeadTooLarge(GatewayError):
+    status, kind, code = 431, "invalid_request_error", "headers_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request's target and headers are larger than {limit} bytes.")
+
+
 class NoWorker(GatewayError):
     status, kind, code, retry_after = 503, "server_error", "no_worker", 1
 
@@ -98,6 +115,13 @@ class TookTooLong(GatewayError):
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"The answer was not complete within {seconds:g} seconds.")
+
+
+class Crowded(NoWorker):
+    code = "overloaded"
+
+    def __init__(self, most: int) -> None:
+        GatewayError.__init__(self, f"{most} connections are open already; try again shortly.")
 
 
 class Upstream(GatewayError):

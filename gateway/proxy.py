@@ -243,4 +243,6 @@ def _forwarded(headers: Headers) -> Headers:
     named = {
         token.strip().lower() for key, value in headers if key == b"connection" for token in value.split(b",")
     }
-    return [(key, value) for key, value in headers if key not in _NOT_SENT and key not in named]
+    # A name with "_" is the one with "-" to some servers: `content_length` would be a second opinion.
+    dropped = _NOT_SENT | named
+    return [(key, value) for key, value in headers if key not in dropped and b"_" not in key]

@@ -14,8 +14,10 @@ import uvicorn
 from cacheengine.config import ConfigError
 from gateway.app import create_app
 from gateway.config import GatewayConfig
+from gateway.connection import connections
 from gateway.tracing import tracer
 
+CONNECTIONS = 2  # for each of max_inflight: keep-alive connections wait for their next request
 GRACE_SECONDS = 5  # open streams may finish for this long after SIGTERM
 
 
@@ -32,7 +34,8 @@ def main() -> None:
         host=config.host,
         port=config.port,
         loop="uvloop",
-        http="httptools",
+        http=connections(config.receive_timeout_seconds, CONNECTIONS * config.max_inflight),
+        ws="none",
         access_log=False,
         log_level=config.log_level,
         timeout_graceful_shutdown=GRACE_SECONDS,

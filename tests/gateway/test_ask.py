@@ -48,3 +48,8 @@ def test_a_request_under_an_alias_changes_its_model_and_nothing_else() -> None:
     body = '{"model": "x", "n": 1e400, "messages" : [ {"a":  "ü\\u00fc"} ], "model":"alias"}'.encode()
     assert renamed(body, 'a"b') == '{"model":"a\\"b","n":1e400,"messages":[ {"a":  "ü\\u00fc"} ]}'.encode()
     assert renamed(b"{}", "m") == b'{"model":"m"}'
+
+
+def test_a_text_that_is_no_utf8_is_a_bad_request() -> None:
+    with pytest.raises(BadRequest, match="not valid JSON"):
+        read_ask(b'{"prompt": "\xc0\xaf"}')

@@ -34,3 +34,7 @@ def test_hop_by_hop_headers_and_those_they_name_stay_here() -> None:
         (b"upgrade", b"h2c"),
     ]
     assert _forwarded(sent) == [(b"x-b", b"2")]
+
+
+def test_headers_whose_names_could_be_taken_for_others_stay_here() -> None:
+    assert _forwarded([(b"content_length", b"5"), (b"x-b", b"a_b")]) == [(b"x-b", b"a_b")]

@@ -1,0 +1,146 @@
+"""A caller's connection: uvicorn's, with bounds on what a caller may make us wait for and keep.
+
+uvicorn and httptools refuse what could be read in two ways (Content-Length beside Transfer-Encoding, folded
+headers, bare line feeds, NUL …), but bound neither the size of a request's head, nor the time it takes to
+arrive, nor the number of callers.  Here: a head has `MAX_HEAD_BYTES`; a request has `patience` seconds to be
+here whole, and one more for every `SLOWEST_BYTES` of it; one that is answered early (413) is heard for
+`patience` more; beyond `most` connections the next one is told 503.  Every refusal has OpenAI's shape.
+
+It also reads requests that offer to change to another protocol (`Upgrade: h2c`, as Java's HttpClient does) as
+if they did not: RFC 9110 7.8 lets a server ignore the offer; httptools would drop the body.
+"""
+
+from asyncio import Protocol, TimerHandle, Transport
+from functools import partial
+from typing import Any, cast
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from gateway.errors import BadRequest, Crowded, GatewayError, HeadTooLarge, RequestTooSlow
+
+MAX_HEAD_BYTES = 64 << 10
+SLOWEST_BYTES = 16 << 10  # a second
+_OFFERS = frozenset({b"upgrade", b"connection", b"http2-settings"})
+
+
+def connections(patience: float, most: int) -> type[Protocol]:
+    """What uvicorn.Config takes as `http`.  `patience` in seconds; `most` connections of this process."""
+    return cast("type[Protocol]", partial(Connection, patience=patience, most=most))
+
+
+class Connection(HttpToolsProtocol):
+    """REQUIRES: uvicorn with ws="none"."""
+
+    def __init__(self, *args: Any, patience: float, most: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._patience, self._most = patience, most
+        self._refusal: GatewayError = BadRequest("This is no HTTP/1.1 request we can read in only one way.")
+        self._owing, self._in_head = True, True  # the caller: the rest of a request; of its head
+        self._answered = False  # though the caller is still owing
+        self._offers = False  # another protocol
+        self._began = self.loop.time()
+        self._received = self._chunk = 0  # bytes of this request; in this read
+        self._timer: TimerHandle | None = None  # runs while the caller owes us bytes
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+        if len(self.connections) > self._most:
+            self._turn_away(Crowded(self._most))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        self._chunk = len(data)
+        self._received += self._chunk
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self._turn_away(self._refusal)
+            return
+        if self._in_head and self._received > MAX_HEAD_BYTES:
+            self._turn_away(HeadTooLarge(MAX_HEAD_BYTES))
+        elif self._owing or (self.timeout_keep_alive_task is None and self.cycle.response_complete):
+            self._watch()  # also who sends only empty lines between requests
+
+    def _feed(self, data: bytes) -> None:
+        """Raises HttpParserError."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as exc:
+            method = self.parser.get_method()
+            if method == b"CONNECT":
+                raise httptools.HttpParserError from exc
+            self.parser = httptools.HttpRequestParser(self)
+            lines = [b"%b: %b\r\n" % (k, v) for k, v in self.headers if k not in _OFFERS]
+            head = b"%b %b HTTP/1.1\r\n%b\r\n" % (method, self.url, b"".join(lines))
+            self.parser.feed_data(head + data[exc.args[0] :])
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._owing, self._in_head, self._answered = True, True, False
+        self._began, self._received = self.loop.time(), self._chunk
+
+    def on_headers_complete(self) -> None:
+        if self._received > MAX_HEAD_BYTES:
+            size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
+            if size > MAX_HEAD_BYTES:
+                self._refusal = HeadTooLarge(MAX_HEAD_BYTES)
+                raise self._refusal
+        self._offers = self.parser.should_upgrade()
+        if not self._offers:
+            self._in_head = False
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self._offers:
+            self._owing = False
+            self._unwatch()
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        another = self._in_head or self.pipeline  # what comes is not of the request just answered
+        super().on_response_complete()
+        if self._owing and not another:
+            self._answered, self._began = True, self.loop.time()
+
+    def _watch(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(self._patience, self._late)
+
+    def _unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        """Was that all the time there is?"""
+        now, self._timer = self.loop.time(), None
+        credit = 0.0 if self._answered else self._received / SLOWEST_BYTES
+        left = self._began + self._patience + credit - now
+        if self.flow.read_paused:  # it is we who do not listen
+            left = self._patience
+        if left > 0:
+            self._timer = self.loop.call_later(left, self._late)
+        elif self._owing and self._received:
+            self._turn_away(RequestTooSlow())
+        else:  # nothing was asked
+            self.transport.close()
+
+    def _turn_away(self, error: GatewayError) -> None:
+        """Say why, where nothing else is being said, and close."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or not (cycle.response_started or self.pipeline):
+            body = error.body()
+            headers = [*error.headers(), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+            lines = [b"%b: %b\r\n" % header for header in headers]
+            self.transport.write(b"".join((STATUS_LINE[error.status], *lines, b"\r\n", body)))
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self._unwatch()
+        self.transport.close()
