@@ -4,7 +4,8 @@ uvicorn and httptools refuse what could be read in two ways (Content-Length besi
 headers, bare line feeds, NUL …), but bound neither the size of a request's head, nor the time it takes to
 arrive, nor the number of callers.  Here: a head has `MAX_HEAD_BYTES`; a request has `patience` seconds to be
 here whole, and one more for every `SLOWEST_BYTES` of it; one that is answered early (413) is heard for
-`patience` more; beyond `most` connections the next one is told 503.  Every refusal has OpenAI's shape.
+`patience` more; beyond `most` connections requests are told 503, and beyond twice as many nobody is heard.
+Every refusal has OpenAI's shape.
 
 It also reads requests that offer to change to another protocol (`Upgrade: h2c`, as Java's HttpClient does) as
 if they did not: RFC 9110 7.8 lets a server ignore the offer; httptools would drop the body.
@@ -39,6 +40,7 @@ class Connection(HttpToolsProtocol):
         self._owing, self._in_head = True, True  # the caller: the rest of a request; of its head
         self._answered = False  # though the caller is still owing
         self._offers = False  # another protocol
+        self._crowded = False  # the room it came into
         self._began = self.loop.time()
         self._received = self._chunk = 0  # bytes of this request; in this read
         self._timer: TimerHandle | None = None  # runs while the caller owes us bytes
@@ -46,8 +48,9 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._watch()
-        if len(self.connections) > self._most:
-            self._turn_away(Crowded(self._most))
+        self._crowded = len(self.connections) > self._most
+        if len(self.connections) > 2 * self._most:
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
@@ -57,6 +60,11 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._chunk = len(data)
         self._received += self._chunk
+        if (
+            self._crowded
+        ):  # only now: who has not spoken might miss the answer when its words meet a closed door
+            self._turn_away(Crowded(self._most))
+            return
         try:
             self._feed(data)
         except httptools.HttpParserError:

@@ -444,9 +444,18 @@ def test_a_large_body_may_take_longer(hasty: House) -> None:
 def test_callers_beyond_the_bound_are_told_to_come_back(hasty: House) -> None:
     with contextlib.ExitStack() as stack:
         callers = [stack.enter_context(hasty.gateway.connect()) for _ in range(220)]
-        told = [said for said in trickle(callers, lambda turn: b"P") if said]
-    crowded = [said for said in told if b" 503 " in said]
-    assert len(crowded) >= 20
-    assert b"retry-after: 1" in crowded[0]
-    assert statuses(crowded[0]) == [503]
+        for caller in callers[200:]:
+            caller.sendall(PLAIN)
+        told = [listen(caller, 1) for caller in callers[200:]]
+        assert b"retry-after: 1" in told[0]
+        assert [statuses(said) for said in told] == [[503]] * 20
+        assert all(listen(caller) == b"" for caller in callers[:200])  # who said nothing is told nothing
     assert statuses(hasty.gateway.say(PLAIN)) == [200]
+
+
+def test_beyond_twice_the_bound_nobody_is_heard(hasty: House) -> None:
+    with contextlib.ExitStack() as stack:
+        callers = [stack.enter_context(hasty.gateway.connect()) for _ in range(402)]
+        with contextlib.suppress(OSError):
+            callers[-1].sendall(PLAIN)
+        assert listen(callers[-1]) == b""
