@@ -27,6 +27,7 @@ from gateway.metrics import Metrics
 from gateway.prompts import Prompts
 from gateway.routes import generation, openai, operations
 from gateway.tracing import NO_TRACER, Tracer
+from gateway.wire import KEEPALIVE_SECONDS, Transport, Wire
 from router.load import LoadBoard
 from router.registry import Registry
 from router.router import Router
@@ -34,28 +35,15 @@ from router.trust import Trust
 
 log = logging.getLogger(__name__)
 
-# vLLM's server drops idle connections after 5 s: let go a little earlier than it does.
-_KEEPALIVE_SECONDS = 4.0
-
 
 def create_app(
-    config: GatewayConfig,
-    *,
-    transport: httpx.AsyncBaseTransport | None = None,
-    tracer: Tracer = NO_TRACER,
+    config: GatewayConfig, *, transport: Transport | None = None, tracer: Tracer = NO_TRACER
 ) -> FastAPI:
     """Objects are made here and do no I/O; the lifespan opens and closes them.  `transport` carries requests
-    to workers; the default is httpx's pool without a limit, since max_inflight is the limit.  `tracer` is
-    closed with the rest."""
+    to workers; the default is our own.  `tracer` is closed with the rest."""
     metrics = Metrics(CollectorRegistry())
     pool = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="cairn-tokenize")
-    limits = httpx.Limits(
-        max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEPALIVE_SECONDS
-    )
-    carrier = transport or httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
-    # Health checks and handshakes, never a client's request.  No limit either: workers that do not answer
-    # must not keep the others from being asked.
-    http = httpx.AsyncClient(trust_env=False, limits=limits)
+    carrier, http = transport or Wire(), _http()
     url = config.redis_url
     fleet = Fleet(url) if url else None
     orders = Orders(url) if url else None
@@ -76,7 +64,7 @@ def create_app(
         async with contextlib.AsyncExitStack() as opened:
             opened.push_async_callback(tracer.close)
             opened.callback(pool.shutdown, wait=False, cancel_futures=True)
-            await opened.enter_async_context(carrier)
+            opened.push_async_callback(carrier.aclose)
             await opened.enter_async_context(http)
             if fleet is not None and orders is not None:
                 opened.push_async_callback(fleet.close)
@@ -122,6 +110,15 @@ def _router(
         shadow=config.shadow_policy,
         trust=trust,
     )
+
+
+def _http() -> httpx.AsyncClient:
+    """For health checks and handshakes, never a client's request.  No limit: workers that do not answer must
+    not keep the others from being asked."""
+    limits = httpx.Limits(
+        max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_SECONDS
+    )
+    return httpx.AsyncClient(trust_env=False, limits=limits)
 
 
 def _turns(config: GatewayConfig, registry: Registry, metrics: Metrics) -> Turns:

@@ -4,15 +4,14 @@ import logging
 import time
 from collections.abc import Sequence
 
-import httpx
-
 from gateway.config import GatewayConfig
 from gateway.errors import GatewayError, NoWorker, TooSlow, Unreachable, Upstream
 from gateway.exchange import Exchange, Prompt
 from gateway.metrics import Metrics
-from gateway.proxy import Client, Headers, Patience, ask_worker, relay
+from gateway.proxy import Client, Patience, ask_worker, relay
 from gateway.trace import Attempt
 from gateway.usage import Usage
+from gateway.wire import Headers, Transport
 from router.load import Ticket
 from router.placement import Placement
 from router.router import Router
@@ -23,9 +22,7 @@ log = logging.getLogger(__name__)
 class Attempts:
     """REQUIRES: used from one event loop; everything passed in outlives it."""
 
-    def __init__(
-        self, config: GatewayConfig, router: Router, transport: httpx.AsyncBaseTransport, metrics: Metrics
-    ) -> None:
+    def __init__(self, config: GatewayConfig, router: Router, transport: Transport, metrics: Metrics) -> None:
         self._router, self._transport, self._metrics = router, transport, metrics
         self._max_retries = config.max_retries
         self._patience = Patience(

@@ -1,4 +1,4 @@
-"""One request to one worker, and its bytes back to one client.  Knows HTTP and httpx, not routing.
+"""One request to one worker, and its bytes back to one client.  Knows HTTP, not routing.
 
 `Client` is our end of the caller's connection, `ask_worker` a context that holds a worker's answer, `relay`
 moves bytes from one to the other.  Leaving the context closes the worker's connection, and a closed
@@ -7,12 +7,10 @@ byte, so until then another worker may be tried.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import httpx
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway.errors import (
@@ -26,8 +24,7 @@ from gateway.errors import (
     sse_error,
 )
 from gateway.usage import TAIL_BYTES, Usage, read_usage
-
-Headers = list[tuple[bytes, bytes]]
+from gateway.wire import Headers, NotConnected, Question, Reply, Transport, Unsendable, WireError
 
 _HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
@@ -140,7 +137,7 @@ class Answer:
     status: int
     headers: Headers
     first: bytes
-    rest: AsyncIterator[bytes]
+    rest: Reply
     timer: asyncio.Timeout
     idle: float
     tail: bytes = b""  # the last bytes relayed
@@ -153,7 +150,7 @@ class Answer:
 
 @asynccontextmanager
 async def ask_worker(
-    transport: httpx.AsyncBaseTransport,
+    transport: Transport,
     base_url: str,
     path: str,
     headers: Headers,
@@ -163,44 +160,33 @@ async def ask_worker(
 ) -> AsyncIterator[Answer]:
     """Send `body` untouched and wait for the first bytes of the answer; leaving closes the connection.
 
-    Straight to the transport: httpx.Client would add cookies, redirects and proxies from the environment.
     Raises Unreachable, Busy (it answered 503), TooSlow, or Upstream (it closed without a byte) on entry;
     TooSlow and Upstream out of the body of the `with` too.  One timer, moved along, guards every silence.
     `connected` hears when a connection is there, new or kept."""
-    extensions: dict[str, Any] = {"timeout": {"connect": patience.connect}}
-    if connected is not None:
-        extensions["trace"] = _told_when_connected(connected)
-    request = httpx.Request(
-        "POST",
-        base_url + path,
-        headers=_forwarded(headers),
-        content=body,
-        extensions=extensions,
+    forwarded = _forwarded(headers)
+    question = Question(
+        base_url, path.encode(), forwarded, body, connect_seconds=patience.connect, connected=connected
     )
-    response: httpx.Response | None = None
+    reply: Reply | None = None
     try:
         async with asyncio.timeout(patience.first_byte) as timer:
-            response = await transport.handle_async_request(request)
-            if response.status_code == 503:
+            reply = await transport.ask(question)
+            if reply.status == 503:
                 raise Busy
-            stream = response.stream
-            assert isinstance(stream, httpx.AsyncByteStream)
-            rest = aiter(stream)
-            first = await anext(rest, b"")
-            back = [(key.lower(), value) for key, value in response.headers.raw]
-            back = [(key, value) for key, value in back if key not in _NOT_RETURNED]
-            yield Answer(response.status_code, back, first, rest, timer, patience.idle)
-    except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
+            first = await reply.read()
+            back = [header for header in reply.headers if header[0] not in _NOT_RETURNED]
+            yield Answer(reply.status, back, first, reply, timer, patience.idle)
+    except NotConnected as exc:
         raise Unreachable(exc) from exc
-    except httpx.LocalProtocolError as exc:
+    except Unsendable as exc:
         raise BadRequest("A header of this request cannot be forwarded.") from exc
     except TimeoutError as exc:
         raise TooSlow(exc) from exc
-    except httpx.TransportError as exc:
+    except WireError as exc:
         raise Upstream(exc) from exc
     finally:
-        if response is not None:
-            await response.aclose()
+        if reply is not None:
+            reply.close()
 
 
 async def relay(answer: Answer, client: Client, extra: Headers) -> None:
@@ -216,7 +202,7 @@ async def relay(answer: Answer, client: Client, extra: Headers) -> None:
         if chunk:
             await client.write(chunk)
         answer.timer.reschedule(loop.time() + answer.idle)
-        chunk = await anext(answer.rest, b"")
+        chunk = await answer.rest.read()
     await client.finish(held)
 
 
@@ -229,14 +215,6 @@ def whole_events(data: bytes) -> tuple[bytes, bytes]:
     if not cut and len(data) > _MAX_HELD_BYTES:
         return data, b""
     return data[:cut], data[cut:]
-
-
-def _told_when_connected(connected: Callable[[], None]) -> Callable[..., Awaitable[None]]:
-    async def heard(event: str, info: Any) -> None:  # httpcore's `trace` extension
-        if event.endswith(".send_request_headers.started"):
-            connected()
-
-    return heard
 
 
 def _forwarded(headers: Headers) -> Headers:

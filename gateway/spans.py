@@ -30,9 +30,10 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from gateway.exchange import Exchange
-from gateway.proxy import Client, Headers
+from gateway.proxy import Client
 from gateway.trace import Attempt, Trace
 from gateway.tracing import Tracer
+from gateway.wire import Headers
 from router.placement import Placement
 
 _CONTEXT = (b"traceparent", b"tracestate")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from gateway.proxy import Headers
+from gateway.wire import Headers
 from router.placement import Placement
 
 

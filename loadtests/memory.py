@@ -32,6 +32,11 @@ def processes() -> list[Process]:
     return found
 
 
+def of_group(group: int) -> float:
+    """Resident MiB of a process group."""
+    return sum(process.mib for process in processes() if process.group == group)
+
+
 def part_of(command: str, port: int) -> str:
     """Which part of a stack whose gateway listens on `port` this is; "" for none."""
     if "valkey-server" in command:

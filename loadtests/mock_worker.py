@@ -50,18 +50,18 @@ TEMPLATE = "{%- for message in messages -%}{{ ' ' + message['content'] }}{%- end
 TTL_SECONDS, LEASE_SECONDS = 1800.0, 6.0  # the engine's defaults
 
 
-def build(folder: Path) -> Path:
-    """The compiled mock; built when its sources or flags changed.  Raises OSError or CalledProcessError."""
+def build(folder: Path, sources: Path = SOURCES, name: str = "mock-worker") -> Path:
+    """The compiled program; built when its sources changed.  Raises OSError or CalledProcessError."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise OSError(f"no C++ compiler ({', '.join(COMPILERS)}) in PATH")
-    text = b"\0".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
+    text = b"\0".join(path.read_bytes() for path in sorted(sources.iterdir()))
     mark = hashlib.sha256(repr((compiler, FLAGS)).encode() + text).hexdigest()[:16]
-    program = folder / f"mock-worker-{mark}"
+    program = folder / f"{name}-{mark}"
     if not program.exists():
         folder.mkdir(parents=True, exist_ok=True)
         fresh = program.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, *FLAGS, "-o", str(fresh), str(SOURCES / "main.cpp")], check=True)
+        subprocess.run([compiler, *FLAGS, "-o", str(fresh), str(sources / "main.cpp")], check=True)
         fresh.replace(program)
     return program
 

@@ -25,6 +25,7 @@ _READY_SECONDS = 30.0
 _SESSION = "x-session-id: {session}\r\n"
 CAIRN = "cairn"
 VLLM, SMG = "vllm-router", "smg"
+CARRIERS = ("httpx", "httpx-aiohttp", "aiohttp")  # Cairn over other HTTP clients: loadtests/transports.py
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class RouterLab(Lab):
     def install(self) -> None:
         """The peers' virtual environment and the native mock.  Raises BenchFailed."""
         ensure(self._venv, PACKAGES, OWN, LENT, self.board)
-        build(self._root / "bench")
+        self.programs = self._root / "bench"
+        build(self.programs)
         self.words = self.folder / "words"
         self.words.mkdir()
         self._ports = [free_port() for _ in range(self.fleet.workers)]
@@ -137,17 +139,23 @@ class RouterLab(Lab):
 
     @contextlib.contextmanager
     def router(self, router: Router, urls: Sequence[str], redis_url: str) -> Iterator[tuple[Child, int]]:
-        """That gateway in front of these workers, once it answers; yields its process and its port."""
+        """That gateway in front of these workers, once it answers; yields its process and its port.
+        Without a Redis, Cairn is told the workers, and makes no keys."""
         port, metrics = free_port(), free_port()
         env = without_ours(os.environ)
-        if router.side == CAIRN:
+        if router.side in (CAIRN, *CARRIERS):
             flags = {"port": port, "policy": _bare(router.policy), "log_level": "warning"}
+            if not redis_url:
+                flags["workers"] = ",".join(f"mock={url}" for url in urls)
             flags |= dict(zip(router.flags[::2], router.flags[1::2], strict=True))
-            argv: Sequence[str] = (sys.executable, "-m", "gateway.launch.serve", json.dumps(flags))
+            program = (
+                ("gateway.launch.serve",) if router.side == CAIRN else ("loadtests.transports", router.side)
+            )
+            argv: Sequence[str] = (sys.executable, "-m", *program, json.dumps(flags))
             env["CAIRN_REDIS_URL"] = redis_url
         else:
-            program = str(self._venv / "bin" / router.side)
-            argv = (program, *(("launch",) if router.side == SMG else ()), "--host", "127.0.0.1")
+            theirs = str(self._venv / "bin" / router.side)
+            argv = (theirs, *(("launch",) if router.side == SMG else ()), "--host", "127.0.0.1")
             argv = (*argv, "--port", str(port), "--worker-urls", *urls, "--policy", _bare(router.policy))
             argv = (*argv, "--prometheus-port", str(metrics), "--log-level", "error", *router.flags)
         spec = Spec(
@@ -158,7 +166,7 @@ class RouterLab(Lab):
             env=env,
         )
         with self._running(spec) as child:
-            _greet(port, keyed=router.side == CAIRN, workers=len(urls))
+            _greet(port, keyed=router.side == CAIRN and bool(redis_url), workers=len(urls))
             yield child, port
 
 
