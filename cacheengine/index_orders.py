@@ -1,14 +1,19 @@
 """What operators said about workers: drained, or removed.  One HASH, the same for every gateway.
 
-    cairn:orders    HASH   field <worker id>, value "drained" or "removed@<boot id>"; field @version
+    cairn:orders    HASH   field <worker id>, value "drained" or "removed@<boot id>"; fields @version, @swept,
+                           @missed:<worker id> (no worker can be called that)
 
-Orders are about names, not lives: a drained worker that restarts stays drained until it is resumed.  They do
-not expire.  `@version` (no worker can be called that) counts them.  A Redis where it is gone, or lower than
-before, lost its memory or the end of it, and is told again by whichever gateway remembers.
+Orders are about names, not lives: a drained worker that restarts stays drained until it is resumed.
+`@version` counts them.  A Redis where it is gone, or lower than before, lost its memory or the end of it, and
+is told again by whichever gateway remembers.
+
+An order is forgotten when no gateway has seen its worker for KEPT_HOURS.  Only hours in which some gateway
+looked count (`@missed`, at most one an hour for the whole fleet): a worker that restarts, or a fleet that was
+off for a summer, finds its orders again.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +26,11 @@ from cacheengine.redis_url import DOWN, async_client
 ORDERS = "cairn:orders"
 VERSION = "@version"
 ORDERS_SECONDS = 1.0
+SWEEP_SECONDS = 3600.0
+KEPT_HOURS = 30 * 24
 
 _TELL_AGAIN = (Path(__file__).parent / "index_orders.lua").read_text()
+_SWEEP = (Path(__file__).parent / "index_sweep.lua").read_text()
 
 
 class Orders:
@@ -52,7 +60,7 @@ class Orders:
         except (*DOWN, OSError) as exc:
             raise IndexDown(f"orders: {exc}") from exc
         self._last = held
-        return {field: order for field, order in held.items() if field != VERSION}
+        return {field: order for field, order in held.items() if not field.startswith("@")}
 
     async def give(self, worker_id: str, order: str) -> None:
         """For every gateway from its next refresh on; "" takes the order back.  Raises IndexDown, and then
@@ -61,6 +69,7 @@ class Orders:
             async with asyncio.timeout(2 * ORDERS_SECONDS):
                 await self.read()  # or an order given right after a loss would hide the loss
                 async with self._client.pipeline(transaction=False) as pipe:
+                    pipe.hdel(ORDERS, f"@missed:{worker_id}")
                     if order:
                         pipe.hset(ORDERS, worker_id, order)
                     else:
@@ -68,6 +77,16 @@ class Orders:
                     pipe.hincrby(ORDERS, VERSION, 1)
                     pipe.hgetall(ORDERS)
                     self._last = (await pipe.execute())[-1]
+        except (*DOWN, OSError) as exc:
+            raise IndexDown(f"orders: {exc}") from exc
+
+    async def sweep(self, seen: Collection[str]) -> list[str]:
+        """`seen`: ids of all workers that this gateway knows of now.  Returns those whose orders were
+        forgotten.  For every gateway to call every SWEEP_SECONDS.  Raises IndexDown."""
+        given = (str(int(SWEEP_SECONDS)), str(KEPT_HOURS), *seen)
+        try:
+            async with asyncio.timeout(2 * ORDERS_SECONDS):
+                return cast(list[str], await cast(Any, self._client.eval(_SWEEP, 1, ORDERS, *given)))
         except (*DOWN, OSError) as exc:
             raise IndexDown(f"orders: {exc}") from exc
 

@@ -5,9 +5,11 @@ it restarts or is resumed.  Where there is a store, orders hold for every gatewa
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from time import monotonic
 from typing import Literal
 
+from cacheengine import index_orders
 from cacheengine.errors import IndexDown
 from cacheengine.index_orders import Orders
 from router.worker import Worker
@@ -21,9 +23,11 @@ Deed = Literal["drain", "resume", "remove"]
 class StandingOrders:
     """REQUIRES: used from one event loop; `store` is opened and closed by the caller."""
 
-    def __init__(self, store: Orders | None = None) -> None:
+    def __init__(self, store: Orders | None = None, clock: Callable[[], float] = monotonic) -> None:
         """Without a store they are this gateway's own."""
-        self._store, self._held, self._given = store, dict[str, str](), 0
+        self._store, self._clock = store, clock
+        self._held, self._given = dict[str, str](), 0
+        self._sweep_at = clock() + index_orders.SWEEP_SECONDS  # not before all sources were heard
 
     def __contains__(self, worker_id: str) -> bool:
         return worker_id in self._held
@@ -53,6 +57,17 @@ class StandingOrders:
             return
         if given == self._given:  # or it was read before the order that was given meanwhile
             self._held = held
+
+    async def sweep(self, seen: Collection[str]) -> None:
+        """Now and then: forget orders about workers that nobody has seen for very long."""
+        if self._store is None or not self._held or self._clock() < self._sweep_at:
+            return
+        self._sweep_at = self._clock() + index_orders.SWEEP_SECONDS
+        try:
+            for worker_id in await self._store.sweep(seen):
+                log.info("the order about worker %s is forgotten: nobody has seen it for long", worker_id)
+        except IndexDown as exc:
+            log.debug("orders are swept later: %s", exc)
 
     async def give(self, worker_id: str, what: Deed, boot_id: str) -> None:
         """Raises IndexDown when the other gateways cannot be told: then nothing changes here either."""

@@ -72,7 +72,7 @@ class Registry:
         self._probe, self._interval, self._clock = Probe(http), interval, clock
         self._sources: list[Source] = [Leases(fleet)] if fleet else []
         self._sources += [Static(static), *sources]
-        self._orders = StandingOrders(orders)
+        self._orders = StandingOrders(orders, clock)
         self._warmup, self._on_leave = warmup_seconds, on_leave
         self._known: dict[str, _Known] = {}
         self._heard: set[int] = set()  # sources (by their place) that have answered before
@@ -177,6 +177,10 @@ class Registry:
             asyncio.gather(*map(self._ask, range(len(self._sources)))), self._read_orders()
         )
         self._merge(named)
+        # also those who were removed, and are still there
+        await self._orders.sweep(
+            {worker.id for workers in named for worker in workers or ()} | {*self._known}
+        )
         asked = [known for known in self._known.values() if not self._vouched(known)]
         self._proving = True
         try:

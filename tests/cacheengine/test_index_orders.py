@@ -17,6 +17,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from cacheengine import index_orders
 from cacheengine.index_orders import ORDERS, VERSION, Orders
 from tests.conftest import ValkeyServer
 
@@ -48,6 +49,7 @@ def test_a_gateway_with_the_documented_rights_gives_orders_and_tells_them_again(
         await orders.give("b", "")
         admin.flushdb()
         assert await orders.read() == {"a": "drained"}
+        assert await orders.sweep([]) == await orders.sweep(["a"]) == []
         await orders.close()
 
     with valkey.client() as admin:
@@ -56,6 +58,61 @@ def test_a_gateway_with_the_documented_rights_gives_orders_and_tells_them_again(
             asyncio.run(main(admin))
         finally:
             admin.execute_command("ACL DELUSER", "cairn-gateway")
+
+
+def missed(valkey: ValkeyServer, worker_id: str) -> int:
+    with valkey.client() as client:
+        return int(client.hget(ORDERS, f"@missed:{worker_id}") or 0)
+
+
+def test_an_order_about_a_worker_nobody_sees_any_more_is_forgotten_in_the_end(
+    valkey: ValkeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_orders, "SWEEP_SECONDS", 0)
+    monkeypatch.setattr(index_orders, "KEPT_HOURS", 3)
+
+    async def main() -> None:
+        one, two = Orders(valkey.unix_url), Orders(valkey.unix_url)
+        for worker in ("a", "b", "c"):
+            await one.give(worker, "drained")
+        assert await two.read() == dict.fromkeys("abc", "drained")
+        for _ in range(9):  # what one of them sees is there
+            assert await one.sweep(["b"]) == await two.sweep(["a", "c", "who?"]) == []
+        assert [await one.sweep(["a", "b"]) for _ in range(3)] == [[], [], []]
+        await one.give("c", "removed@1")  # said again: counted from here
+        assert [await one.sweep(["a", "b"]) for _ in range(4)] == [[], [], [], ["c"]]
+        for gateway in (two, one, two):  # and nobody takes it for a loss
+            assert await gateway.read() == dict.fromkeys("ab", "drained")
+        await one.close()
+        await two.close()
+
+    asyncio.run(main())
+
+
+def test_absence_is_counted_once_an_hour_however_many_gateways_look(valkey: ValkeyServer) -> None:
+    async def main() -> None:
+        gateways = [Orders(valkey.unix_url) for _ in range(3)]
+        await gateways[0].give("a", "drained")
+        for gateway in gateways * 3:
+            assert await gateway.sweep([]) == []
+        assert missed(valkey, "a") == 1
+        assert await gateways[0].sweep(["a"]) == []
+        assert missed(valkey, "a") == 0  # at once
+        for gateway in gateways:
+            await gateway.close()
+
+    asyncio.run(main())
+
+
+def test_where_there_are_no_orders_sweeping_writes_nothing(valkey: ValkeyServer) -> None:
+    async def main() -> None:
+        orders = Orders(valkey.unix_url)
+        assert await orders.sweep(["a"]) == []
+        await orders.close()
+
+    asyncio.run(main())
+    with valkey.client() as client:
+        assert not client.exists(ORDERS)
 
 
 def test_orders_do_not_expire(valkey: ValkeyServer) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
+from cacheengine import index_orders
 from cacheengine.errors import IndexDown
 from cacheengine.index_orders import Orders
 from cacheengine.index_reader import Fleet
@@ -401,6 +402,35 @@ def test_orders_outlive_a_redis_that_is_away_or_forgets(house: House, twin: Hous
     assert twin.look() == "b"  # who came later is told too
     house.run(house.registry.order("a", "resume"))
     assert house.look() == twin.look() == "ab"
+
+
+def test_a_drained_worker_that_only_restarts_stays_drained_and_one_that_never_comes_back_is_forgotten(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_orders, "SWEEP_SECONDS", 0)
+    monkeypatch.setattr(index_orders, "KEPT_HOURS", 30)
+    house.lease(A, B)
+    house.look()
+    house.run(house.registry.order("a", "drain"))
+    house.run(house.registry.order("b", "remove"))  # and it runs on
+    for boot in "23":
+        house.unlease(A)
+        house.sick = {"a"}
+        for _ in range(25):
+            house.now += 200
+            assert house.look() == ""
+        house.sick = set()
+        house.lease(replace(A, boot_id=boot))
+        assert house.look() == ""
+        assert [row["state"] for row in house.registry.describe()] == ["drained"]
+    house.unlease(A)
+    house.sick = {"a"}
+    for _ in range(40):
+        house.now += 200
+        assert house.look() == ""  # b was seen, though nobody asks it for anything
+    house.sick = set()
+    house.lease(replace(A, boot_id="4"))
+    assert house.look() == "a"
 
 
 def test_without_redis_orders_are_this_gateways_own() -> None:
