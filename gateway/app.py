@@ -23,6 +23,7 @@ from gateway.dispatch import Dispatcher
 from gateway.errors import error_body
 from gateway.flow import Turns
 from gateway.handshake import Handshake
+from gateway.logs import request_line
 from gateway.metrics import Metrics
 from gateway.prompts import Prompts
 from gateway.routes import generation, openai, operations
@@ -56,7 +57,7 @@ def create_app(
     prompts = Prompts(registry, handshake, pool, config.alias_map())
     attempts = Attempts(config, router, carrier, metrics)
     turns = _turns(config, registry, metrics)
-    ended = [metrics.ended, tracer.ended]
+    ended = [metrics.ended, tracer.ended, *([request_line] if config.log_requests else [])]
     dispatcher = Dispatcher(config, router, prompts, turns, attempts, metrics, tracer, ended)
 
     @contextlib.asynccontextmanager

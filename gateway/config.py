@@ -152,6 +152,14 @@ class GatewayConfig(Config):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe line that is logged."
     )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="How lines of the log are written. `json` where a collector parses them."
+    )
+    log_requests: bool = Field(
+        True,
+        description="One `info` line for each request when it is over. Turn it off where spans or metrics "
+        "suffice and the log is paid by volume.",
+    )
 
     @field_validator("workers")
     @classmethod

@@ -5,13 +5,14 @@ the rest.
 """
 
 import json
-import logging
 import os
+import signal
 import sys
 
 import uvicorn
 
 from cacheengine.config import ConfigError
+from gateway import logs
 from gateway.app import create_app
 from gateway.config import GatewayConfig
 from gateway.connection import connections
@@ -28,18 +29,21 @@ def main() -> None:
         traced = tracer(os.environ)
     except ConfigError as exc:
         sys.exit(f"cairn gateway: {exc}")
-    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    uvicorn.run(
-        create_app(config, tracer=traced),
-        host=config.host,
-        port=config.port,
-        loop="uvloop",
-        http=connections(config.receive_timeout_seconds, CONNECTIONS * config.max_inflight),
-        ws="none",
-        access_log=False,
-        log_level=config.log_level,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
+    # uvicorn stops by itself, then raises the signal again: let what is below end as after Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with logs.opened(config):
+        uvicorn.run(
+            create_app(config, tracer=traced),
+            host=config.host,
+            port=config.port,
+            loop="uvloop",
+            http=connections(config.receive_timeout_seconds, CONNECTIONS * config.max_inflight),
+            ws="none",
+            access_log=False,
+            log_level=config.log_level,
+            log_config=None,  # its lines are ours too
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
 
 
 if __name__ == "__main__":
