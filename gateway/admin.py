@@ -9,18 +9,19 @@ from fastapi.responses import Response
 from cacheengine.errors import IndexDown
 from gateway.dispatch import SESSION, Dispatcher
 from gateway.errors import BodyTooLarge, GatewayError
+from gateway.health import Health
 from router.registry import UnknownWorker
 from router.router import DECISIONS, Router
 
 
-def admin(router: Router, dispatcher: Dispatcher, max_body_bytes: int) -> APIRouter:
+def admin(router: Router, dispatcher: Dispatcher, health: Health, max_body_bytes: int) -> APIRouter:
     """/admin/*; `cairn status` reads /admin/workers."""
     api = APIRouter(prefix="/admin", tags=["admin"])
 
     @api.get("/workers")
     async def workers() -> dict[str, Any]:
         """Every known worker, ready or not, with this gateway's open requests on it."""
-        rows = [_row(router, row) for row in router.registry.describe()]
+        rows = [_row(router, health, row) for row in router.registry.describe()]
         return {
             "workers": rows,
             "removed": router.registry.removed(),
@@ -65,7 +66,7 @@ def admin(router: Router, dispatcher: Dispatcher, max_body_bytes: int) -> APIRou
     return api
 
 
-def _row(router: Router, row: dict[str, Any]) -> dict[str, Any]:
+def _row(router: Router, health: Health, row: dict[str, Any]) -> dict[str, Any]:
     inflight = router.board.inflight(row["id"])
     busy = inflight or row["load"]["running"] or row["load"]["waiting"]
     worker = router.registry.find(row["id"])
@@ -73,6 +74,7 @@ def _row(router: Router, row: dict[str, Any]) -> dict[str, Any]:
         **row,
         "state": "draining" if row["state"] == "drained" and busy else row["state"],
         "trust": router.trust.describe(worker) if worker else {},
+        "health": health.state(row["id"]),
         "inflight": inflight,
         "prefilling_tokens": router.board.prefilling(row["id"]),
     }

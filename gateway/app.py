@@ -23,13 +23,16 @@ from gateway.dispatch import Dispatcher
 from gateway.errors import error_body
 from gateway.flow import Turns
 from gateway.handshake import Handshake
+from gateway.health import Health
 from gateway.logs import request_line
 from gateway.metrics import Metrics
 from gateway.prompts import Prompts
 from gateway.routes import generation, openai, operations
 from gateway.tracing import NO_TRACER, Tracer
+from gateway.watch import Watch
 from gateway.wire import KEEPALIVE_SECONDS, Transport, Wire
 from router.load import LoadBoard
+from router.probe import Probe
 from router.registry import Registry
 from router.router import Router
 from router.trust import Trust
@@ -51,11 +54,13 @@ def create_app(
     index = IndexReader(url, config.index_deadline_ms) if url else None
     board = LoadBoard()
     trust = Trust()
-    registry = _registry(config, http, fleet, orders, board, trust, metrics)
-    router = _router(config, registry, board, index, trust, metrics)
+    health = Health()
+    registry = _registry(config, http, fleet, orders, board, trust, health, metrics)
+    router = _router(config, registry, board, index, trust, health, metrics)
     handshake = Handshake(registry, http, pool, metrics, config.tokenizer_path, config.tokenizer_memo_bytes)
     prompts = Prompts(registry, handshake, pool, config.alias_map())
-    attempts = Attempts(config, router, carrier, metrics)
+    attempts = Attempts(config, router, carrier, health, metrics)
+    watch = Watch(registry, board, health, Probe(http), config.wedge_seconds)
     turns = _turns(config, registry, metrics)
     ended = [metrics.ended, tracer.ended, *([request_line] if config.log_requests else [])]
     dispatcher = Dispatcher(config, router, prompts, turns, attempts, metrics, tracer, ended)
@@ -74,15 +79,15 @@ def create_app(
                 opened.push_async_callback(index.close)
                 await _open(index)
             await registry.refresh()
-            for running in (registry.run(), handshake.run(), metrics.watch_loop()):
+            for running in (registry.run(), handshake.run(), watch.run(), metrics.watch_loop()):
                 opened.push_async_callback(_stopped, asyncio.create_task(running))
             yield
 
     app = FastAPI(title="Cairn", lifespan=lifespan, redirect_slashes=False)
     app.router.routes.extend(generation(dispatcher))
     app.include_router(openai(router, config.alias_map(), started=int(time.time())))
-    app.include_router(operations(router, metrics))
-    app.include_router(admin(router, dispatcher, config.max_body_bytes))
+    app.include_router(operations(router, health, metrics))
+    app.include_router(admin(router, dispatcher, health, config.max_body_bytes))
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _bad_parameter)
     app.add_exception_handler(Exception, _our_fault)
@@ -100,6 +105,7 @@ def _router(
     board: LoadBoard,
     index: IndexReader | None,
     trust: Trust,
+    health: Health,
     metrics: Metrics,
 ) -> Router:
     return Router(
@@ -110,6 +116,7 @@ def _router(
         on_decision=metrics.decided,
         shadow=config.shadow_policy,
         trust=trust,
+        out=health.out,
     )
 
 
@@ -142,11 +149,13 @@ def _registry(
     orders: Orders | None,
     board: LoadBoard,
     trust: Trust,
+    health: Health,
     metrics: Metrics,
 ) -> Registry:
     def gone(worker_id: str) -> None:
         board.forget(worker_id)
         trust.forget(worker_id)
+        health.forget(worker_id)
         metrics.left(worker_id)
 
     return Registry(

@@ -2,11 +2,12 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from gateway.config import GatewayConfig
 from gateway.errors import GatewayError, NoWorker, TooSlow, Unreachable, Upstream
 from gateway.exchange import Exchange, Prompt
+from gateway.health import Health, RetryBudget, Trial
 from gateway.metrics import Metrics
 from gateway.proxy import Client, Patience, ask_worker, relay
 from gateway.trace import Attempt
@@ -22,8 +23,11 @@ log = logging.getLogger(__name__)
 class Attempts:
     """REQUIRES: used from one event loop; everything passed in outlives it."""
 
-    def __init__(self, config: GatewayConfig, router: Router, transport: Transport, metrics: Metrics) -> None:
+    def __init__(
+        self, config: GatewayConfig, router: Router, transport: Transport, health: Health, metrics: Metrics
+    ) -> None:
         self._router, self._transport, self._metrics = router, transport, metrics
+        self._health, self._budget = health, RetryBudget()
         self._max_retries = config.max_retries
         self._patience = Patience(
             config.connect_timeout_seconds, config.first_byte_timeout_seconds, config.idle_timeout_seconds
@@ -33,7 +37,8 @@ class Attempts:
         """Best first, until a worker's first byte has reached the client.  Raises GatewayError."""
         left = self._max_retries
         failure: GatewayError = NoWorker(prompt.model)
-        for placement in placements:
+        self._budget.earn()
+        for placement in self._usable(prompt.model, placements):
             if isinstance(failure, Upstream):
                 self._metrics.retries.labels(type(failure).__name__.lower()).inc()
             try:
@@ -53,9 +58,22 @@ class Attempts:
                     left -= 1
                     if left < 0:
                         raise
+                    if not self._budget.take():
+                        self._metrics.retries_denied.inc()
+                        raise
         if isinstance(failure, Unreachable):
             raise NoWorker(prompt.model) from failure
         raise failure
+
+    def _usable(self, model: str, placements: Sequence[Placement]) -> Iterator[Placement]:
+        """Those whose worker is not out at the moment it is needed; the first, where all are."""
+        tried = False
+        for placement in placements:
+            if placement.worker.id not in self._health.out(self._router.registry.workers_for(model)):
+                tried = True
+                yield placement
+        if not tried:
+            yield from placements[:1]
 
     async def _attempt(self, exchange: Exchange, prompt: Prompt, placement: Placement) -> None:
         exchange.placement = placement
@@ -63,15 +81,22 @@ class Attempts:
         ticket = self._router.board.start(placement.worker.id, prompt.tokens, placement.expected_hit_tokens)
         self._metrics.decisions.labels(placement.policy, placement.reason, placement.worker.id).inc()
         self._metrics.predicted_hit.labels(placement.worker.id).inc(placement.expected_hit_tokens)
+        trial = self._health.trial(placement.worker)
         try:
             with exchange.trace.attempt(placement, exchange.path, exchange.model, before) as span:
-                status = await self._ask(exchange, placement, ticket, span)
+                status = await self._ask(exchange, placement, ticket, trial, span)
             if status == 200:
                 self._learn(exchange.usage, placement, prompt)
+        except Upstream as exc:
+            trial.failed(exc)
+            raise
         finally:
             ticket.done()
+            trial.done()
 
-    async def _ask(self, exchange: Exchange, placement: Placement, ticket: Ticket, span: Attempt) -> int:
+    async def _ask(
+        self, exchange: Exchange, placement: Placement, ticket: Ticket, trial: Trial, span: Attempt
+    ) -> int:
         """One worker's answer to the client; its status."""
         client = exchange.client
         async with ask_worker(
@@ -84,6 +109,7 @@ class Attempts:
             span.connected,
         ) as answer:
             ticket.first_byte()
+            trial.first_byte(answer.status)
             span.first_byte(answer.status)
             exchange.ttft = time.perf_counter() - exchange.arrived
             try:

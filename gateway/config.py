@@ -143,6 +143,12 @@ class GatewayConfig(Config):
         "priority and fair share. 0: its max_num_seqs and an eighth more where it tells (Cairn's connector "
         "does), else 1024. Set it for workers without the connector whose max_num_seqs is smaller.",
     )
+    wedge_seconds: float = Field(
+        60.0,
+        ge=0,
+        description="How long a worker may run requests without computing a token, in seconds, before it "
+        "gets no more of them; 0: for ever. Raise it where a single step of the engine takes longer.",
+    )
     index_deadline_ms: float = Field(
         2.0,
         gt=0,

@@ -5,7 +5,7 @@ Labels are bounded: models and workers are those the fleet registry knows, never
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from gateway.exchange import Exchange
+from gateway.health import STATES as HEALTH_STATES
 from router.trust import STATES
 
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.25, 1.0)
@@ -28,7 +29,8 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self._shown: set[tuple[str, str, str]] = set()  # labels of `trust`
+        self._shown: set[tuple[str, ...]] = set()  # labels of `trust`
+        self._well: set[tuple[str, ...]] = set()  # of `worker_health`
         counter = partial(Counter, registry=registry)
         seconds = partial(Histogram, buckets=_FAST, registry=registry)
         self.requests = counter("cairn_gateway_requests", "Requests answered.", ["model", "route", "status"])
@@ -117,18 +119,15 @@ class Metrics:
                 counter.remove(worker_id)
 
     def fleet(self, trust: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-        """Gauges about workers, as of now: worker → part → state and precision."""
-        now = {
-            (worker_id, part, state): float(row["state"] == state)
-            for worker_id, parts in trust.items()
-            for part, row in parts.items()
-            for state in STATES
-        }
-        for labels, value in now.items():
-            self.trust.labels(*labels).set(value)
-        gone, self._shown = self._shown - now.keys(), set(now)
-        for labels in gone:
-            self.trust.remove(*labels)
+        """What the index's claims are worth, as of now: worker → part → state and precision."""
+        states: dict[tuple[str, ...], str]
+        states = {(id_, part): row["state"] for id_, parts in trust.items() for part, row in parts.items()}
+        self._shown = _one_hot(self.trust, states, STATES, self._shown)
+
+    def health(self, states: Mapping[str, str]) -> None:
+        """Who gets requests, as of now: worker → state."""
+        named: dict[tuple[str, ...], str] = {(worker_id,): state for worker_id, state in states.items()}
+        self._well = _one_hot(self.worker_health, named, HEALTH_STATES, self._well)
 
     def _flow(self, registry: CollectorRegistry) -> None:
         self.queue = Gauge("cairn_gateway_queue_requests", "Requests waiting for room.", registry=registry)
@@ -142,6 +141,18 @@ class Metrics:
             "cairn_gateway_queue_refused",
             "Requests that found the queue full (queue_full) or waited too long in it (queue_timeout).",
             ["reason"],
+            registry=registry,
+        )
+        self.retries_denied = Counter(
+            "cairn_gateway_retries_denied",
+            "Requests not sent to another worker because retries were a tenth of all requests already.",
+            registry=registry,
+        )
+        self.worker_health = Gauge(
+            "cairn_gateway_worker_health",
+            "1 for the state a ready worker is in: closed (well), open (rested after faults), half_open (one "
+            "request may try) or wedged (runs requests and computes nothing).",
+            ["worker", "state"],
             registry=registry,
         )
 
@@ -217,3 +228,15 @@ class Metrics:
             "counted only with a shadow_policy.",
             ["policy", "role"],
         )
+
+
+def _one_hot(
+    gauge: Gauge, states: Mapping[tuple[str, ...], str], known: Sequence[str], shown: set[tuple[str, ...]]
+) -> set[tuple[str, ...]]:
+    """1 for the state each is in, 0 for the others; who is gone goes.  Returns the labels shown now."""
+    now = {(*labels, state): float(it == state) for labels, it in states.items() for state in known}
+    for labels, value in now.items():
+        gauge.labels(*labels).set(value)
+    for labels in shown - now.keys():
+        gauge.remove(*labels)
+    return set(now)

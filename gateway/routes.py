@@ -10,6 +10,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from gateway.dispatch import Dispatcher
+from gateway.health import Health
 from gateway.metrics import Metrics
 from gateway.proxy import Client
 from router.router import Router
@@ -51,7 +52,7 @@ def openai(router: Router, aliases: Mapping[str, str], started: int) -> APIRoute
     return api
 
 
-def operations(router: Router, metrics: Metrics) -> APIRouter:
+def operations(router: Router, health: Health, metrics: Metrics) -> APIRouter:
     """Health and metrics."""
     api = APIRouter(tags=["operations"])
 
@@ -70,7 +71,9 @@ def operations(router: Router, metrics: Metrics) -> APIRouter:
 
     @api.get("/metrics")
     def exposition() -> Response:  # not async: FastAPI runs it on a thread, off the requests' loop
-        metrics.fleet({worker.id: router.trust.describe(worker) for worker in router.registry.snapshot()})
+        workers = router.registry.snapshot()
+        metrics.fleet({worker.id: router.trust.describe(worker) for worker in workers})
+        metrics.health({worker.id: health.state(worker.id) for worker in workers})
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return api

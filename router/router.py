@@ -66,14 +66,16 @@ class Router:
         *,
         shadow: str = "",
         trust: Trust | None = None,
+        out: Callable[[Sequence[Worker]], Collection[str]] = lambda ready: (),
     ) -> None:
-        """`shadow` is a policy that is scored beside the real one and never used.  Raises KeyError for an
-        unknown policy."""
+        """`shadow` is a policy that is scored beside the real one and never used.  `out` names those of a
+        model's ready workers who should get nothing now, never all.  Raises KeyError for an unknown
+        policy."""
         for name in filter(None, (policy, shadow)):
             POLICIES[name]
         self.registry, self.board, self.policy, self.shadow = registry, board, policy, shadow
         self.trust = trust or Trust(clock)
-        self._index, self._clock, self._on_decision = index, clock, on_decision
+        self._index, self._clock, self._on_decision, self._out = index, clock, on_decision, out
         self._survey = Survey(board, self.trust, clock)
         self._turn = 0
         self.decisions: deque[dict[str, Any]] = deque()
@@ -165,7 +167,9 @@ class Router:
 
     def _weigh(self, asked: Question, holders: Holders, index: str, dry: bool = False) -> Weighed:
         """`dry` changes nothing that a later decision sees.  Raises NoWorker."""
-        workers = {w.id: w for w in self.registry.workers_for(asked.model) if w.id not in asked.exclude}
+        ready = self.registry.workers_for(asked.model)
+        out = {*asked.exclude, *self._out(ready)}
+        workers = {worker.id: worker for worker in ready if worker.id not in out}
         if not workers:
             raise NoWorker(f"no worker serves {asked.model!r} now")
         scheme = self.registry.scheme(asked.model)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -50,8 +51,9 @@ def refusing_url() -> str:
 
 
 @contextlib.contextmanager
-def slamming() -> Iterator[tuple[str, list[bytes]]]:
-    """A server that reads each request and closes without a word, except that /health is fine.
+def slamming(reset: bool = False) -> Iterator[tuple[str, list[bytes]]]:
+    """A server that reads each request and closes without a word, except that /health is fine.  `reset`: with
+    a TCP reset instead of an end.
 
     Yields its URL and the request heads it heard."""
     heard: list[bytes] = []
@@ -66,6 +68,8 @@ def slamming() -> Iterator[tuple[str, list[bytes]]]:
                 with peer:
                     head = peer.recv(65536)
                     heard.append(head)
+                    if reset and not head.startswith(b"GET"):
+                        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     if head.startswith(b"GET /health"):
                         peer.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
 
