@@ -4,22 +4,17 @@ The worker is a recorder of raw bytes: it heard what the gateway sent, not what 
 
 import contextlib
 import json
-import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
 from tests.fakes import wait_until
-from tests.servers import free_port
+from tests.gateway.process import Gateway, started
 
 pytestmark = pytest.mark.e2e
 
@@ -84,44 +79,10 @@ def recording() -> Iterator[tuple[str, Recorder]]:
         thread = threading.Thread(target=recorder.run, args=(listener,), name="recorder")
         thread.start()
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}", recorder
+            yield f"fake=http://127.0.0.1:{listener.getsockname()[1]}", recorder
         finally:
             listener.shutdown(socket.SHUT_RDWR)
             thread.join()
-
-
-@dataclass
-class Gateway:
-    """One real process."""
-
-    port: int
-    pid: int
-    log: Path
-
-    def connect(self) -> socket.socket:
-        caller = socket.create_connection(("127.0.0.1", self.port))
-        caller.settimeout(60)
-        return caller
-
-    def say(self, data: bytes, answers: int = 1) -> bytes:
-        """Say it all; what was said until that many answers were whole, or the connection closed."""
-        with self.connect() as caller:
-            with contextlib.suppress(OSError):
-                caller.sendall(data)
-            return listen(caller, answers)
-
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=30, trust_env=False)
-
-    def inflight(self) -> float:
-        lines = self.get("/metrics").text.splitlines()
-        (value,) = (line.split()[1] for line in lines if line.startswith("cairn_gateway_inflight_requests "))
-        return float(value)
-
-    def rss(self) -> int:
-        """Bytes."""
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def whole(said: bytes) -> list[tuple[int, bytes]]:
@@ -145,28 +106,12 @@ def listen(caller: socket.socket, answers: int = 99) -> bytes:
     return said
 
 
-@contextlib.contextmanager
-def started(folder: Path, url: str, **knobs: Any) -> Iterator[Gateway]:
-    port, log = free_port(), folder / "gateway.log"
-    env = {name: value for name, value in os.environ.items() if not name.startswith("CAIRN_")}
-    argv = [sys.executable, "-m", "gateway.launch.serve"]
-    argv.append(json.dumps({"port": port, "workers": [f"fake={url}"], **knobs}))
-    with log.open("wb") as out, subprocess.Popen(argv, env=env, stdout=out, stderr=out) as process:
-        gateway = Gateway(port, process.pid, log)
-
-        def ready() -> bool:
-            assert process.poll() is None, log.read_text()
-            with contextlib.suppress(httpx.TransportError):
-                return gateway.get("/health/ready").status_code == 200
-            return False
-
-        try:
-            wait_until(ready, 60)
-            yield gateway
-        finally:
-            process.terminate()
-            process.wait(30)
-    assert "Traceback" not in log.read_text(), log.read_text()
+def say(gateway: Gateway, data: bytes, answers: int = 1) -> bytes:
+    """Say it all; what was said until that many answers were whole, or the connection closed."""
+    with gateway.connect() as caller:
+        with contextlib.suppress(OSError):
+            caller.sendall(data)
+        return listen(caller, answers)
 
 
 @dataclass
@@ -239,7 +184,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_could_be_read_in_two_ways_is_not_read_at_all(house: House, name: str) -> None:
-    said = house.gateway.say(REFUSED[name])
+    said = say(house.gateway, REFUSED[name])
     assert statuses(said) in ([400], [404])
     assert house.gateway.inflight() == 0
     assert (house.worker.heard, house.worker.rubbish) == ([], [])
@@ -263,7 +208,7 @@ SERVED = {
 @pytest.mark.parametrize("name", SERVED)
 def test_one_request_is_one_request_with_the_headers_we_mean_to_send(house: House, name: str) -> None:
     head = SERVED[name] + b"x-kept: \xe9\r\n\r\n"
-    said = house.gateway.say(head + (PARTS if name == "chunks" else BODY))
+    said = say(house.gateway, head + (PARTS if name == "chunks" else BODY))
     assert statuses(said) == [200]
     ((head, body),) = house.worker.heard
     assert head.startswith(b"POST /v1/completions HTTP/1.1\r\n")
@@ -274,15 +219,15 @@ def test_one_request_is_one_request_with_the_headers_we_mean_to_send(house: Hous
 
 
 def test_nobody_is_sent_elsewhere_by_the_host_they_name(house: House) -> None:
-    said = house.gateway.say(
-        PLAIN.replace(b"completions", b"completions/").replace(b"host: x", b"host: evil")
+    said = say(
+        house.gateway, PLAIN.replace(b"completions", b"completions/").replace(b"host: x", b"host: evil")
     )
     assert statuses(said) == [404]
     assert b"evil" not in said
 
 
 def test_pipelined_requests_are_as_many_as_were_sent(house: House) -> None:
-    assert statuses(house.gateway.say(PLAIN * 3, answers=3)) == [200] * 3
+    assert statuses(say(house.gateway, PLAIN * 3, answers=3)) == [200] * 3
     assert len(house.worker.heard) == 3
 
 
@@ -294,7 +239,7 @@ def test_half_a_request_is_none(house: House) -> None:
 
 
 def test_rubbish_behind_a_request_never_speaks_inside_its_answer(house: House) -> None:
-    said = house.gateway.say(PLAIN + b"\x00\x00" + ANOTHER)
+    said = say(house.gateway, PLAIN + b"\x00\x00" + ANOTHER)
     assert said.count(b"HTTP/1.1 2") + said.count(b"HTTP/1.1 4") <= 1
     assert not any(b"x-smuggled" in head for head, _ in house.worker.heard)
 
@@ -309,7 +254,7 @@ def test_rubbish_behind_a_request_never_speaks_inside_its_answer(house: House) -
     ids=["one header", "many headers", "the target too"],
 )
 def test_a_head_over_64_kilobytes_is_a_431(house: House, head: bytes) -> None:
-    assert statuses(house.gateway.say(head)) == [431]
+    assert statuses(say(house.gateway, head)) == [431]
     assert house.worker.heard == []
 
 
@@ -398,7 +343,7 @@ def test_slow_callers_are_hung_up_on_and_the_others_are_served(
         callers = [stack.enter_context(hasty.gateway.connect()) for _ in range(80)]
         for caller in callers:
             caller.sendall(opening)
-        assert statuses(hasty.gateway.say(PLAIN)) == [200]
+        assert statuses(say(hasty.gateway, PLAIN)) == [200]
         answers = trickle(callers, lambda turn: drop)
     assert {status for said in answers for status in statuses(said)} <= {408, 400}
     assert any(statuses(said) == [408] for said in answers) or drop == b"P"
@@ -450,7 +395,7 @@ def test_callers_beyond_the_bound_are_told_to_come_back(hasty: House) -> None:
         assert b"retry-after: 1" in told[0]
         assert [statuses(said) for said in told] == [[503]] * 20
         assert all(listen(caller) == b"" for caller in callers[:200])  # who said nothing is told nothing
-    assert statuses(hasty.gateway.say(PLAIN)) == [200]
+    assert statuses(say(hasty.gateway, PLAIN)) == [200]
 
 
 def test_beyond_twice_the_bound_nobody_is_heard(hasty: House) -> None:
