@@ -63,7 +63,7 @@ class OtelTracer(Tracer):
         epoch = time.time_ns() - int(time.perf_counter() * 1e9)
         span = self._tracer.start_span(
             f"{client.method} {route}",
-            _caller(client.headers),
+            caller_context(client.headers),
             SpanKind.SERVER,
             {"http.request.method": client.method, "http.route": route, "url.scheme": client.scheme},
             start_time=epoch + int(arrived * 1e9),
@@ -159,10 +159,7 @@ class _Attempt(Attempt):
         self._trace.child("connect", self._context, self._started, self._waiting)
 
     def headers(self, given: Headers) -> Headers:
-        ours: dict[str, str] = {}
-        _w3c.inject(ours, self._context)
-        kept = [(name, value) for name, value in given if name not in _CONTEXT]
-        return kept + [(name.encode(), value.encode("latin-1")) for name, value in ours.items()]
+        return worker_headers(given, self._context)
 
     def first_byte(self, status: int) -> None:
         self._trace.child("first_byte", self._context, self._waiting, time.perf_counter())
@@ -217,7 +214,7 @@ def _given(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _caller(headers: Headers) -> Context:
+def caller_context(headers: Headers) -> Context:
     """The caller's context, empty unless it gave exactly one that is valid (w3.org/TR/trace-context)."""
     parents = [value for name, value in headers if name == b"traceparent"]
     if len(parents) != 1:
@@ -226,3 +223,11 @@ def _caller(headers: Headers) -> Context:
     if states := [value.decode("latin-1") for name, value in headers if name == b"tracestate"]:
         carrier["tracestate"] = ",".join(states)
     return _w3c.extract(carrier, Context())
+
+
+def worker_headers(given: Headers, context: Context) -> Headers:
+    """The caller's headers with this context instead of theirs."""
+    ours: dict[str, str] = {}
+    _w3c.inject(ours, context)
+    kept = [(name, value) for name, value in given if name not in _CONTEXT]
+    return kept + [(name.encode(), value.encode("latin-1")) for name, value in ours.items()]

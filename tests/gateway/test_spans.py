@@ -9,11 +9,14 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from cacheengine.config import ConfigError
 from gateway.app import create_app
 from gateway.config import GatewayConfig
+from gateway.spans import caller_context, worker_headers
 from gateway.tracing import NO_TRACER, tracer
 from tests.fakes import FakeVLLM, refusing_url, serve, slamming
 from tests.otlp import Collector, facts
@@ -139,6 +142,21 @@ def test_a_context_that_is_none_starts_a_trace_of_its_own(collector: Collector, 
     (heard,) = worker.headers
     assert heard[b"traceparent"].split(b"-")[1].decode() == server.trace_id.hex()
     assert b"tracestate" not in heard
+
+
+@given(
+    parent=st.one_of(st.binary(max_size=600), st.just(f"00-{TRACE}-{PARENT}-01".encode())),
+    states=st.lists(
+        st.one_of(st.binary(max_size=600), st.from_regex(rb"[a-z]{1,9}=[ -~]{0,99}")), max_size=3
+    ),
+)
+def test_no_context_a_caller_makes_up_fails_or_spoils_a_request(parent: bytes, states: list[bytes]) -> None:
+    headers = [(b"traceparent", parent), *((b"tracestate", state) for state in states)]
+    context = caller_context(headers)
+    ours = worker_headers([*headers, (b"x-other", b"1")], context)
+    assert [(name, value) for name, value in ours if name == b"x-other"] == [(b"x-other", b"1")]
+    assert sum(name == b"traceparent" for name, _ in ours) <= 1
+    assert all(value.isascii() and value.decode().isprintable() for _, value in ours)
 
 
 def test_every_worker_that_was_tried_has_its_span(collector: Collector) -> None:
