@@ -21,7 +21,7 @@ def admin(router: Router, dispatcher: Dispatcher, health: Health, max_body_bytes
     @api.get("/workers")
     async def workers() -> dict[str, Any]:
         """Every known worker, ready or not, with this gateway's open requests on it."""
-        rows = [_row(router, health, row) for row in router.registry.describe()]
+        rows = worker_rows(router, health)
         return {
             "workers": rows,
             "removed": router.registry.removed(),
@@ -64,6 +64,11 @@ def admin(router: Router, dispatcher: Dispatcher, health: Health, max_body_bytes
             return Response(exc.body(), exc.status, headers)
 
     return api
+
+
+def worker_rows(router: Router, health: Health) -> list[dict[str, Any]]:
+    """Every known worker, with this gateway's open requests on it and how far the index is believed."""
+    return [_row(router, health, row) for row in router.registry.describe()]
 
 
 def _row(router: Router, health: Health, row: dict[str, Any]) -> dict[str, Any]:

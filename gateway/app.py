@@ -19,6 +19,7 @@ from cacheengine.index_reader import Fleet, IndexReader
 from gateway.admin import admin
 from gateway.attempts import Attempts
 from gateway.config import GatewayConfig
+from gateway.dashboard_view import View, dashboard
 from gateway.dispatch import Dispatcher
 from gateway.errors import error_body
 from gateway.flow import Turns
@@ -27,6 +28,7 @@ from gateway.health import Health
 from gateway.logs import request_line
 from gateway.metrics import Metrics
 from gateway.prompts import Prompts
+from gateway.pulse import Pulse
 from gateway.routes import generation, openai, operations
 from gateway.tracing import NO_TRACER, Tracer
 from gateway.watch import Watch
@@ -62,7 +64,8 @@ def create_app(
     attempts = Attempts(config, router, carrier, health, metrics)
     watch = Watch(registry, board, health, Probe(http), config.wedge_seconds)
     turns = _turns(config, registry, metrics)
-    ended = [metrics.ended, tracer.ended, *([request_line] if config.log_requests else [])]
+    pulse = Pulse()
+    ended = [metrics.ended, pulse.ended, tracer.ended, *([request_line] if config.log_requests else [])]
     dispatcher = Dispatcher(config, router, prompts, turns, attempts, metrics, tracer, ended)
 
     @contextlib.asynccontextmanager
@@ -88,10 +91,15 @@ def create_app(
     app.include_router(openai(router, config.alias_map(), started=int(time.time())))
     app.include_router(operations(router, health, metrics))
     app.include_router(admin(router, dispatcher, health, config.max_body_bytes))
+    app.include_router(dashboard(View(router, health, dispatcher, turns, pulse)))
+    _refuses_politely(app)
+    return app
+
+
+def _refuses_politely(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _bad_parameter)
     app.add_exception_handler(Exception, _our_fault)
-    return app
 
 
 async def _open(index: IndexReader) -> None:

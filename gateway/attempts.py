@@ -112,6 +112,8 @@ class Attempts:
             trial.first_byte(answer.status)
             span.first_byte(answer.status)
             exchange.ttft = time.perf_counter() - exchange.arrived
+            if answer.status == 200:
+                self._router.spoke(placement, exchange.ttft)
             try:
                 await relay(answer, client, _explanation(client, placement))
             finally:

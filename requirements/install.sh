@@ -43,8 +43,29 @@ find_compiler() {
     return 1
 }
 
+# A Chromium for the tests of the dashboard; without one they are skipped, so this never fails.  Only where it is
+# asked for: a machine of yours gets no packages behind your back.
+provide_browser() {
+    local candidate
+    for candidate in chromium chromium-browser google-chrome google-chrome-stable; do
+        command -v "$candidate" >/dev/null && return
+    done
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null &&
+        timeout 60 sh -c 'apt-get update && apt-get install -y --no-install-recommends chromium' >out/browser.log 2>&1
+    then
+        say "  Chromium for the tests of the dashboard … installed"
+    else
+        say "  no Chromium to be had: the tests of the dashboard will be skipped (out/browser.log)"
+    fi
+}
+
 mkdir -p out
 : >"$LOG"
+browser=
+if [ -n "${INSTALL_BROWSER:-}" ]; then
+    DEBIAN_FRONTEND=noninteractive provide_browser & # beside everything else
+    browser=$!
+fi
 python=$(find_python) || fail "Python 3.11 or 3.12 is needed; install one, or name it with PYTHON=/path/to/python3.11"
 find_compiler >/dev/null || fail "no C++ compiler found; install g++ (Debian: apt-get install g++, Fedora: dnf install gcc-c++)"
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
@@ -83,5 +104,6 @@ run "build tools" "${pip[@]}" install --quiet "setuptools==78.1.1"
 run "vLLM for CPU, torch and the rest: 3 GB, one to three minutes" \
     "${pip[@]}" install --quiet --no-build-isolation ${index[@]+"${index[@]}"} -r requirements/cpu.txt
 run "native kernels" .venv/bin/python -m cacheengine.build
+[ -z "$browser" ] || wait "$browser" || true
 touch .install-stamp
 say "installed in $((SECONDS - started)) s; next: make up"

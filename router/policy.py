@@ -159,9 +159,13 @@ def cost(prompt: int, candidate: Candidate, rate: float) -> Choice:
 
 def replay(decision: Mapping[str, Any]) -> list[str]:
     """The order of workers again, from one line of the decision log (also after a trip through JSON)."""
+    return [choice.candidate.worker for choice in replayed(decision)]
+
+
+def replayed(decision: Mapping[str, Any]) -> list[Choice]:
+    """The same with what each worker would have cost."""
     candidates = [Candidate(**{**held, "hit": Hit(*held["hit"])}) for held in decision["candidates"]]
-    order = decide(decision["ran"], decision["prompt_tokens"], candidates, decision["turn"])
-    return [choice.candidate.worker for choice in order]
+    return decide(decision["ran"], decision["prompt_tokens"], candidates, decision["turn"])
 
 
 def as_log(candidate: Candidate) -> dict[str, Any]:

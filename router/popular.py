@@ -30,10 +30,14 @@ class Forks:
 
     def own(self, keys: Sequence[ChunkKey]) -> ChunkKey:
         """The first chunk behind the last popular one: what is this conversation's own.  REQUIRES keys."""
+        return keys[self.shared(keys)]
+
+    def shared(self, keys: Sequence[ChunkKey]) -> int:
+        """How many leading chunks many prompts have in common; fewer than there are.  REQUIRES keys."""
         for i in range(min(len(keys) - 1, DEPTH), 0, -1):
             if self._popular(keys[i - 1]):
-                return keys[i]
-        return keys[0]
+                return i
+        return 0
 
     def passed(self, keys: Sequence[ChunkKey]) -> None:
         """A prompt was placed."""

@@ -146,9 +146,18 @@ class Router:
         self.trust.heard(worker, "local", local, cached_tokens)
         if cached_tokens >= local:  # or the shared part was out of reach
             self.trust.heard(worker, "shared", shared, cached_tokens - local)
-        age = self._turn - placement.decision
-        if 0 < age <= len(self.decisions):
-            self.decisions[-age]["actual_hit_tokens"] = cached_tokens
+        if (decision := self.decision(placement.decision)) is not None:
+            decision["actual_hit_tokens"] = cached_tokens
+
+    def spoke(self, placement: Placement, seconds: float) -> None:
+        """This placement's worker sent its first byte so long after the request came."""
+        if (decision := self.decision(placement.decision)) is not None:
+            decision["answered_by"], decision["ttft_ms"] = placement.worker.id, round(1000 * seconds, 3)
+
+    def decision(self, turn: int) -> dict[str, Any] | None:
+        """The line of the log with this number; None when it is no longer (or not yet) there."""
+        age = self._turn - turn
+        return self.decisions[-age] if 0 < age <= len(self.decisions) else None
 
     async def _holders(self, asked: Question) -> tuple[Holders, str]:
         """Who holds what, and whether the index was "up", "down" or "unused"."""
@@ -276,6 +285,9 @@ class Router:
             "expected_hit_tokens": first.expected_hit_tokens,
             "claimed_by_index": first.claimed._asdict(),
             "actual_hit_tokens": None,  # until the worker says
+            "answered_by": None,  # until its first byte
+            "ttft_ms": None,
+            "prefixes": self._survey.prefixes(asked, self.registry.scheme(asked.model)),
             "terms_ms": dict(first.terms_ms),
             "predicted_ms": round(1000 * weighed.order[0].seconds, 3),
             "shadow": weighed.shadow,

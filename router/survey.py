@@ -120,6 +120,14 @@ class Survey:
     def _rank(self, workers: Mapping[str, Worker], ring_key: bytes) -> dict[str, int]:
         return {worker_id: i for i, worker_id in enumerate(self._ring(workers).order(ring_key))}
 
+    def prefixes(self, asked: Question, scheme: KeyScheme | None) -> dict[str, int]:
+        """The names (hex) by which prompts like this one are counted → tokens up to there: what many prompts
+        have in common, and the beginning of what is its own."""
+        if scheme is None or not asked.keys:
+            return {}
+        shared = self._forks.shared(asked.keys)
+        return {asked.keys[end - 1].hex(): end * scheme.chunk_tokens for end in (shared, shared + 1) if end}
+
     def _ring(self, workers: Mapping[str, Worker]) -> Ring:
         members = tuple(sorted(workers))
         if (ring := self._rings.get(members)) is None:
