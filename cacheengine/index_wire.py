@@ -64,10 +64,11 @@ class Wire:
     def close(self) -> None:
         self._client.close()
 
-    def epoch(self, info: WorkerInfo) -> int:
-        """The next one of this worker's name."""
+    def epoch(self, info: WorkerInfo) -> tuple[int, int]:
+        """The next one of this worker's name, and the last one before it; 0: nobody remembers any."""
         name = epoch_name(info.namespace, info.worker_id)
-        return int(self._run(self._at(name), "epoch", name, [info.epoch, EPOCH_TTL_MS]))
+        epoch, before = self._run(self._at(name), "epoch", name, [info.epoch, EPOCH_TTL_MS])
+        return int(epoch), int(before)
 
     def beat(self, info: WorkerInfo, lease_seconds: float, words: Mapping[str, str]) -> int:
         """Renew the lease and say `words` in it.  Returns the epoch that was found there, 0 for none; a
@@ -98,9 +99,9 @@ class Wire:
             self._client.delete(name)
             self._client.zrem(FLEET, f"{info.namespace}:{info.worker_id}")
 
-    def write(self, info: WorkerInfo, entries: Sequence[Entry]) -> None:
+    def write(self, info: WorkerInfo, entries: Sequence[Entry], before: int = 0) -> None:
         """One round trip to each server concerned; one script call per prefix family, removals before
-        additions.
+        additions.  `before`: the epoch of a life that is over, whose fields go from these chunks.
 
         Keys travel packed: four arguments a family instead of three commands a chunk keep the time this
         thread holds the engine's interpreter lock small.
@@ -108,7 +109,8 @@ class Wire:
         families: dict[ChunkKey, list[Entry]] = {}
         for entry in sorted(entries, key=lambda e: e.bits != 0):
             families.setdefault(entry.root, []).append(entry)
-        self._tell("write", info, list(families.values()))
+        over = (field_of(info.worker_id, before),) if before else ()
+        self._tell("write", info, list(families.values()), over)
 
     def check(self, info: WorkerInfo, pieces: Sequence[Sequence[Entry]]) -> tuple[int, set[str]]:
         """Mend what differs and renew expiries.  `pieces`: each of one family.  Returns how many entries were

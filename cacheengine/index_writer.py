@@ -95,6 +95,7 @@ class IndexWriter:
         self._todo: list[list[tuple[ChunkKey, list[ChunkKey]]]] = []  # slices, of this round
         self._step = 0  # slices a check
         self._lives, self._horizon = set[str](), 0  # alive when this round began; older others are dead
+        self._before, self._begun = 0, 0.0  # epoch of the life before; when this one began
         self._thread = threading.Thread(target=self._run, name="cairn-index", daemon=True)
         self.stats = WriterStats()
 
@@ -210,7 +211,8 @@ class IndexWriter:
         try:
             self._told.clear()
             self._marks.clear()
-            self._info = replace(self._info, epoch=wire.epoch(self._info))
+            epoch, self._before = wire.epoch(self._info)
+            self._info, self._begun = replace(self._info, epoch=epoch), time.monotonic()
             self._beat(wire)
             self._tell(wire, self._inventory())
             self.stats.announcements += 1
@@ -247,7 +249,9 @@ class IndexWriter:
     def _write(self, wire: Wire, entries: Sequence[Entry]) -> None:
         if not entries:
             return
-        wire.write(self._info, entries)
+        # after a lifetime of entries, whoever holds the same chunks has swept what is left of the life before
+        young = time.monotonic() - self._begun < self._ttl
+        wire.write(self._info, entries, self._before if young else 0)
         self._told.note(entries)
         self.stats.written += len(entries)
 

@@ -261,6 +261,27 @@ def test_a_restart_makes_every_old_entry_another_lifes(start: Callable[..., Work
     assert index.fleet()["w1"].info.epoch == new.writer.epoch
 
 
+def named(valkey: ValkeyServer, keys: list[ChunkKey]) -> list[set[str]]:
+    """Who is named at these chunks of PROMPT, lives that are over included."""
+    with valkey.client() as client:
+        return [{f.decode() for f in client.hkeys(chunk_name(NS, PROMPT[0], key))} for key in keys]
+
+
+def test_a_worker_that_restarts_takes_the_place_of_its_earlier_life(
+    start: Callable[..., Worker], index: Loop, valkey: ValkeyServer
+) -> None:
+    other = start("other", held=PROMPT[:1])  # without it, what is empty is gone
+    old = start(held=PROMPT)
+    old.writer.close()
+    new = start(held=PROMPT[:4])
+    lives = [field_of(*worker.name) for worker in (old, new, other)]
+    assert named(valkey, PROMPT[:4]) == [{*lives[1:]}, *[{lives[1]}] * 3]
+    assert named(valkey, PROMPT[4:]) == [{lives[0]}] * 8
+    new.say(PROMPT[:8], HOST)  # later too
+    wait_until(lambda: index.holders(PROMPT).get(new.name) == Depths(host=8))
+    assert named(valkey, PROMPT[4:]) == [{lives[1]}] * 4 + [{lives[0]}] * 4
+
+
 def test_the_older_of_two_with_one_name_stands_down(
     start: Callable[..., Worker], index: Loop, caplog: pytest.LogCaptureFixture
 ) -> None:
