@@ -15,6 +15,7 @@ class Ask(msgspec.Struct, frozen=True):
     """What decides the prompt's tokens.  `Any` is what vLLM validates, not us."""
 
     model: str | None = None
+    stream: Any = None
     messages: Any = None
     prompt: Any = None
     tools: Any = None

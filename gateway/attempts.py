@@ -49,7 +49,7 @@ class Attempts:
                 log.warning("worker %s: %s (%r)", placement.worker.id, exc, exc.cause)
                 if isinstance(exc, Unreachable):
                     self._router.registry.mark_down(placement.worker.id)
-                if exchange.client.status:
+                if exchange.client.answered:
                     self._metrics.broken.inc()
                     raise
                 if isinstance(exc, TooSlow):

@@ -143,6 +143,13 @@ class GatewayConfig(Config):
         "priority and fair share. 0: its max_num_seqs and an eighth more where it tells (Cairn's connector "
         "does), else 1024. Set it for workers without the connector whose max_num_seqs is smaller.",
     )
+    keepalive_seconds: float = Field(
+        15.0,
+        ge=0,
+        description="Time between comments in a stream that has not begun, in seconds, so that no proxy cuts "
+        "it for silence; 0: none. The first one settles status 200: later refusals are events. Keep it below "
+        "the read timeout of what is in front.",
+    )
     wedge_seconds: float = Field(
         60.0,
         ge=0,

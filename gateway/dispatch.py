@@ -69,6 +69,7 @@ class Dispatcher:
             exchange.failure = "internal_error"
             await client.refuse(GatewayError("The gateway failed to handle this request."))
         finally:
+            await client.hush()
             self.inflight -= 1
             exchange.total = time.perf_counter() - exchange.arrived
             for hear in self._ended:
@@ -90,6 +91,8 @@ class Dispatcher:
         """Raises GatewayError."""
         trace, started = exchange.trace, time.perf_counter()
         ask, exchange.model, exchange.body = self._prompts.read(exchange.body)
+        if ask.stream is True and self._config.keepalive_seconds:
+            exchange.client.keep_alive(self._config.keepalive_seconds)
         started = trace.step("parse", started)
         prompt = await self._prompts.prompt(exchange.model, ask, exchange.body, exchange.chat)
         exchange.prompt = prompt

@@ -23,6 +23,7 @@ from gateway.errors import (
     Upstream,
     sse_error,
 )
+from gateway.keepalive import COMMENT, Keepalive
 from gateway.usage import TAIL_BYTES, Usage, read_usage
 from gateway.wire import Headers, NotConnected, Question, Reply, Transport, Unsendable, WireError
 
@@ -48,8 +49,10 @@ class Client:
         self.method: str = scope.get("method", "POST")
         self.scheme: str = scope.get("scheme", "http")
         self.status = 0  # of the answer, once started
+        self.answered = False  # more than comments was sent: it is too late for another worker
         self.finished = False
         self.streams = False  # the answer is server-sent events
+        self._keepalive: Keepalive | None = None
         self._receive = receive
         self._send = send
 
@@ -76,10 +79,32 @@ class Client:
                 return b"".join(parts)
 
     async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        headers = list(headers)
+        """Of an answer.  Where comments went before it theirs stand."""
+        await self.hush()
+        self.answered = True
+        if not self.status:
+            await self._head(status, list(headers))
+
+    async def _head(self, status: int, headers: Headers) -> None:
         self.status = status
-        self.streams = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in headers)
+        self.streams = _is_stream(headers)
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    def keep_alive(self, seconds: float) -> None:
+        """Until the answer starts, a comment every so many seconds.  The first commits a stream: status 200
+        and no header of the answer's own; what goes wrong later is an event in it."""
+        self._keepalive = Keepalive(self._comment, seconds)
+
+    async def hush(self) -> None:
+        """No more comments.  Idempotent."""
+        if self._keepalive is not None:
+            keepalive, self._keepalive = self._keepalive, None
+            await keepalive.stop()
+
+    async def _comment(self) -> None:
+        if not self.status:
+            await self._head(200, [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")])
+        await self.write(COMMENT)
 
     async def write(self, chunk: bytes) -> None:
         await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
@@ -91,6 +116,7 @@ class Client:
     async def refuse(self, error: GatewayError) -> None:
         """Tell the client in whatever form is still possible: a JSON answer, an event in the stream, or, in
         the middle of a JSON answer, nothing: the server cuts the connection of an unfinished answer."""
+        await self.hush()
         if not self.status:
             body = error.body()
             await self.start(error.status, [*error.headers(), (b"content-length", b"%d" % len(body))])
@@ -193,6 +219,10 @@ async def relay(answer: Answer, client: Client, extra: Headers) -> None:
     """Everything from the worker to the client, `extra` headers added.  Streams are cut at event boundaries
     only, so that an error event can always follow.  Runs inside `ask_worker`, which maps what it raises."""
     loop = asyncio.get_running_loop()
+    await client.hush()
+    if client.status and not _is_stream(answer.headers):
+        await _as_event(answer, client, loop)
+        return
     await client.start(answer.status, [*answer.headers, *extra])
     held, chunk = b"", answer.first
     while chunk:
@@ -204,6 +234,23 @@ async def relay(answer: Answer, client: Client, extra: Headers) -> None:
         answer.timer.reschedule(loop.time() + answer.idle)
         chunk = await answer.rest.read()
     await client.finish(held)
+
+
+async def _as_event(answer: Answer, client: Client, loop: asyncio.AbstractEventLoop) -> None:
+    """An answer that is no stream, to a client that was promised one: an error, as a rule."""
+    client.answered = True
+    body, chunk = b"", answer.first
+    while chunk and len(body) <= _MAX_HELD_BYTES:
+        body += chunk
+        answer.timer.reschedule(loop.time() + answer.idle)
+        chunk = await answer.rest.read()
+    answer.tail = body[-TAIL_BYTES:]
+    name = b"event: error\n" if answer.status >= 400 else b""
+    await client.finish(name + b"data: " + b"\ndata: ".join(body.splitlines()) + b"\n\n")
+
+
+def _is_stream(headers: Headers) -> bool:
+    return any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in headers)
 
 
 def whole_events(data: bytes) -> tuple[bytes, bytes]:

@@ -89,6 +89,7 @@ class FakeVLLM:
     model: str = "fake"
     tokens: int = 3  # words in an answer
     gap: float = 0.0  # seconds before each word
+    pause: float = 0.0  # seconds before anything is said, even an error
     gaps: list[float] = field(default_factory=list)  # the same, word by word; wins over `gap`
     status: int = 200  # of generations; anything else is answered with vLLM's error shape
     die_after: int | None = None  # words, then the connection is cut
@@ -139,6 +140,7 @@ class FakeVLLM:
         self.running -= 1
 
     async def _generate(self, ask: dict[str, Any], send: Any) -> None:
+        await asyncio.sleep(self.pause)
         if self.status != 200:
             error = {
                 "message": "the worker says no",
