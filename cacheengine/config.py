@@ -191,7 +191,9 @@ class CacheConfig(Config):
         1800, description="Expiry of a chunk's index entry in seconds; re-announced before that."
     )
     lease_seconds: Positive = Field(
-        6, description="A silent worker is forgotten after this many seconds; it beats three times as often."
+        6,
+        description="A silent worker is forgotten after this many seconds; it beats three times as often, "
+        "and four times a second while it has requests.",
     )
     worker_id: str = Field(
         "", description="Stable name of this worker; names its disk folder too. Empty: host name and port."

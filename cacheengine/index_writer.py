@@ -35,6 +35,7 @@ WINDOW_SECONDS = 0.02  # how long changes may gather
 BATCH_ENTRIES = 256  # ... and how many
 MAX_PENDING = 100_000  # distinct chunks waiting for Redis; beyond it start over from the inventory
 BACKOFF_SECONDS = (0.05, 2.0)
+BUSY_SECONDS = 0.25  # between beats while requests run: every gateway wants to know what others sent here
 CHECK_SECONDS = 30.0
 DRIFT_SECONDS = 1.0  # until the next slice when one was wrong
 ROUNDS_A_LIFETIME = 3  # every entry is renewed this often before it would expire
@@ -90,7 +91,7 @@ class IndexWriter:
         self._dirty = True  # Redis may hold something else than the inventory
         self._closing = False
         self._changed = threading.Condition()
-        self._next_beat = self._next_check = 0.0
+        self._beaten = self._next_beat = self._next_check = 0.0
         self._told, self._marks = Ledger(), dict[str, int]()
         self._todo: list[list[tuple[ChunkKey, list[ChunkKey]]]] = []  # slices, of this round
         self._step = 0  # slices a check
@@ -171,6 +172,8 @@ class IndexWriter:
                 self._begin_life(wire)  # an inventory taken after the batch was published has the last word
             else:
                 self._write(wire, batch)
+                if batch:  # something was computed: the load is another
+                    self._next_beat = min(self._next_beat, self._beaten + BUSY_SECONDS)
                 if time.monotonic() >= self._next_check:
                     self._check(wire)
         except BaseException:
@@ -233,7 +236,9 @@ class IndexWriter:
             self.stats.losses += not self._dirty
             self._dirty = True
         self.stats.beats += 1
-        self._next_beat = time.monotonic() + self._lease / 3
+        busy = any(float(words.get(name, 0)) for name in ("running", "waiting"))
+        self._beaten = time.monotonic()
+        self._next_beat = self._beaten + min(self._lease / 3, BUSY_SECONDS if busy else self._lease)
         if self._wishes and wire.listen(self._wishes, self._info.namespace):
             self._next_beat = 0.0  # somebody waits to read that it was obeyed
 

@@ -18,7 +18,7 @@ from router.registry import Registry
 from router.router import Router
 
 SCHEME = KeyScheme(namespace_of({"bench": "replay_routing"}), CHUNK_TOKENS)
-REGISTRY_SECONDS = 1.0
+REGISTRY_SECONDS = 0.25  # between two readings of the heartbeats
 
 
 class Holders(Protocol):

@@ -3,9 +3,9 @@
 Replays a trace (--trace FILE: jsonl as in loadtests/data/README.md) through the real router: one Router,
 LoadBoard and Registry for each of several gateways, and a real Valkey that holds the chunk index.  Requests
 are dealt to the gateways at random.  The workers live in virtual time (loadtests/fleet_sim.py says how);
-they write the index 20 ms after they stored something and beat every 2 s.  A prompt that continues another
-comes at its time in the trace, but not before that one was answered.  `session` is told which prompts belong
-together, the other policies are not.
+they write the index 20 ms after they stored something and beat four times a second.  A prompt that continues
+another comes at its time in the trace, but not before that one was answered.  `session` is told which prompts
+belong together, the other policies are not.
 
 Load 0.9 means: computing what the oracle does not find keeps every worker busy for nine tenths of the time.
 The oracle is one pooled LRU with as many slots as all tiers of the fleet together, the shared one included,

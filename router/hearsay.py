@@ -1,6 +1,6 @@
 """How far an old heartbeat is believed about what other gateways sent.
 
-What this gateway sent it knows to the request; what others sent it hears every two seconds.  Taken at its
+What this gateway sent it knows to the request; what others sent it hears four times a second.  Taken at its
 word until the next beat, the worker that looked idle is everybody's next choice.  So what is heard fades
 into the fleet's mean: in total it stays true, since work that is done is followed by work that arrives, but
 who has it is soon unknown.
@@ -9,8 +9,8 @@ who has it is soon unknown.
 import math
 from collections.abc import Callable, Mapping
 
-FADE_SECONDS = 1.0
-LATE_SECONDS = 0.5  # how old a beat is, on average, when the registry reads it
+FADE_SECONDS = 0.5
+LATE_SECONDS = 0.125  # how old a beat is, on average, when the registry reads it
 MAX_HEARD = 4096
 
 

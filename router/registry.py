@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 ADAPTERS_SECONDS = 30.0  # between two looks at a worker's list of adapters
 ADAPTERS_AT_ONCE = 32  # looks per refresh, however large the fleet
 WARMUP_SECONDS = 30.0
+HEAR_SECONDS = 0.25  # between two readings of the heartbeats, which busy workers write as often
+LEASE_SECONDS = 0.002  # ... and at least this long for each worker: a large fleet is read less often
 
 
 class UnknownWorker(LookupError):
@@ -198,12 +200,28 @@ class Registry:
                 known.since = self._clock()
         self._publish()
 
+    async def hear(self) -> None:
+        """Read the heartbeats of the workers that are known; who came or went is refresh()'s business."""
+        for place, source in enumerate(self._sources):
+            if not source.vouches:
+                continue
+            for worker in await self._ask(place) or ():
+                known = self._known.get(worker.id)
+                if known is not None and known.source is source and _life(known.worker) == _life(worker):
+                    known.worker = replace(known.worker, load=worker.load, beat=worker.beat)
+        self._publish()
+
     async def run(self) -> None:
-        """Look every `interval` seconds, for ever."""
+        """Look every `interval` seconds and listen in between, for ever."""
+        looked = self._clock()
         while True:
-            await asyncio.sleep(self._interval)
+            await asyncio.sleep(min(self._interval, max(HEAR_SECONDS, LEASE_SECONDS * len(self._known))))
             try:
-                await self.refresh()
+                if self._clock() - looked < self._interval:
+                    await self.hear()
+                else:
+                    looked = self._clock()
+                    await self.refresh()
             except Exception:  # the top of a task: discovery must outlive a bug in it
                 log.exception("registry")
 
@@ -360,3 +378,7 @@ class Registry:
         self._ready = tuple(ready)
         self._by_model = {model: tuple(workers) for model, workers in by_model.items()}
         self._schemes = {model: majority_scheme(workers) for model, workers in by_model.items()}
+
+
+def _life(worker: Worker) -> tuple[str, str, int]:
+    return worker.url, worker.boot_id, worker.epoch

@@ -408,6 +408,22 @@ def test_the_fleet_says_what_a_worker_said_about_itself(start: Callable[..., Wor
     assert lease.beat["running"] == "3"
 
 
+def test_a_worker_with_requests_beats_although_its_lease_is_far_from_over(
+    start: Callable[..., Worker],
+) -> None:
+    busy = start(lease=600)
+    wait_until(lambda: busy.writer.stats.beats > 3)
+
+
+def test_an_idle_worker_beats_when_it_has_computed_something(start: Callable[..., Worker]) -> None:
+    idle = start(lease=600)
+    idle.writer._heartbeat = lambda: {"running": 0}
+    wait_until(lambda: idle.writer._next_beat > time.monotonic() + 100)
+    before = idle.writer.stats.beats
+    idle.say(PROMPT, 1)
+    wait_until(lambda: idle.writer.stats.beats > before)
+
+
 def test_a_lease_nobody_understands_is_left_out(
     start: Callable[..., Worker], index: Loop, valkey: ValkeyServer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -318,7 +318,7 @@ def test_a_static_worker_is_back_when_its_lease_is_gone(valkey: ValkeyServer) ->
 
 def test_it_refreshes_by_itself(house: House) -> None:
     async def until_seen() -> None:
-        house.registry._interval = 0.01
+        house.registry._interval = 0  # always due
         running = asyncio.create_task(house.registry.run())
         house.lease(A)
         while not house.registry.snapshot():
@@ -326,6 +326,38 @@ def test_it_refreshes_by_itself(house: House) -> None:
         running.cancel()
 
     house.run(until_seen())
+
+
+def test_between_two_looks_it_hears_how_busy_workers_are_and_nothing_else(house: House) -> None:
+    house.lease(A)
+    house.look()
+    house.lease(A, queued_tokens=1000)
+    house.lease(B)
+    house.run(house.registry.hear())
+    (worker,) = house.registry.snapshot()
+    assert (worker.id, worker.load.queued_tokens) == ("a", 1000)
+
+
+def test_what_a_new_process_says_counts_when_it_was_met(house: House) -> None:
+    house.lease(A)
+    house.look()
+    house.lease(replace(A, boot_id="2"), queued_tokens=1000)
+    house.run(house.registry.hear())
+    (worker,) = house.registry.snapshot()
+    assert (worker.boot_id, worker.load.queued_tokens) == ("1", 0)
+
+
+def test_it_listens_until_the_next_look_is_due(house: House) -> None:
+    async def until_heard() -> None:
+        running = asyncio.create_task(house.registry.run())  # this clock stands still: no look is ever due
+        house.lease(A, queued_tokens=7)
+        while house.registry.snapshot()[0].load.queued_tokens != 7:
+            await asyncio.sleep(0.005)
+        running.cancel()
+
+    house.lease(A)
+    house.look()
+    house.run(until_heard())
 
 
 def states(house: House) -> dict[str, str]:
