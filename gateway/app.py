@@ -21,15 +21,17 @@ from gateway.attempts import Attempts
 from gateway.config import GatewayConfig
 from gateway.dashboard_view import View, dashboard
 from gateway.dispatch import Dispatcher
-from gateway.errors import error_body
+from gateway.envelope import Envelope
+from gateway.errors import ANTHROPIC, OPENAI, GatewayError, error_body
 from gateway.flow import Turns
 from gateway.handshake import Handshake
 from gateway.health import Health
 from gateway.logs import request_line
 from gateway.metrics import Metrics
+from gateway.openapi import document
 from gateway.prompts import Prompts
 from gateway.pulse import Pulse
-from gateway.routes import generation, openai, operations
+from gateway.routes import openai, operations, relayed, relayed_others
 from gateway.tracing import NO_TRACER, Tracer
 from gateway.watch import Watch
 from gateway.wire import KEEPALIVE_SECONDS, Transport, Wire
@@ -87,19 +89,22 @@ def create_app(
             yield
 
     app = FastAPI(title="Cairn", lifespan=lifespan, redirect_slashes=False)
-    app.router.routes.extend(generation(dispatcher))
+    app.router.routes.extend(relayed(dispatcher))
     app.include_router(openai(router, config.alias_map(), started=int(time.time())))
     app.include_router(operations(router, health, metrics))
     app.include_router(admin(router, dispatcher, health, config.max_body_bytes))
     app.include_router(dashboard(View(router, health, dispatcher, turns, pulse)))
-    _refuses_politely(app)
-    return app
+    app.router.routes.append(relayed_others(dispatcher))
+    document(app)
+    return _enveloped(app, config)
 
 
-def _refuses_politely(app: FastAPI) -> None:
+def _enveloped(app: FastAPI, config: GatewayConfig) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _bad_parameter)
     app.add_exception_handler(Exception, _our_fault)
+    app.middleware_stack = Envelope(app.build_middleware_stack(), config.cors_origins)
+    return app
 
 
 async def _open(index: IndexReader) -> None:
@@ -186,9 +191,11 @@ async def _stopped(task: asyncio.Task[None]) -> None:
 async def _http_error(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     kind = "invalid_request_error" if exc.status_code < 500 else "server_error"
-    message = f"{exc.detail}: {request.method} {request.url.path}"
-    body = error_body(message, kind, "not_found" if exc.status_code == 404 else None)
-    return Response(body, exc.status_code, exc.headers, "application/json")
+    refusal = GatewayError(f"{exc.detail}: {request.method} {request.url.path}")
+    refusal.status, refusal.kind = exc.status_code, kind
+    refusal.code = "not_found" if exc.status_code == 404 else None
+    dialect = ANTHROPIC if request.url.path.startswith("/v1/messages") else OPENAI
+    return Response(dialect.body(refusal), exc.status_code, exc.headers, "application/json")
 
 
 async def _bad_parameter(request: Request, exc: Exception) -> Response:

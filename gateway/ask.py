@@ -1,21 +1,41 @@
-"""The few fields the gateway reads of an OpenAI body.
+"""The few fields the gateway reads of a body.
 
 The body itself travels on as the bytes that came; whatever is not read here is the worker's business, and so
 is validation: a field of a type we do not expect makes a prompt we do not key, not an error.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from gateway.errors import BadRequest
 
 
-class Ask(msgspec.Struct, frozen=True):
-    """What decides the prompt's tokens.  `Any` is what vLLM validates, not us."""
+class Asked(msgspec.Struct, frozen=True):
+    """What every body may have.  `Any` is what vLLM validates, not us."""
 
     model: str | None = None
     stream: Any = None
+    cache_salt: Any = None
+    prompt_cache_key: Any = None
+    user: Any = None
+
+    @property
+    def session(self) -> bytes:
+        """The caller's own name for the conversation, as OpenAI has it: `prompt_cache_key`, else `user`."""
+        return first_text(self.prompt_cache_key, self.user)
+
+    def chat(self) -> "Ask":
+        """The chat or completion that the worker makes of it.  Raises Unkeyable."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises BadRequest for what this gateway cannot serve, whoever the worker."""
+
+
+class Ask(Asked, frozen=True):
+    """What decides the tokens of a chat or a completion."""
+
     messages: Any = None
     prompt: Any = None
     tools: Any = None
@@ -29,23 +49,17 @@ class Ask(msgspec.Struct, frozen=True):
     truncate_prompt_tokens: Any = None
     prompt_embeds: Any = None
     kv_transfer_params: Any = None
-    cache_salt: Any = None
     prompt_logprobs: Any = None
     echo: Any = None
     logprobs: Any = None
-    prompt_cache_key: Any = None
-    user: Any = None
+
+    def chat(self) -> "Ask":
+        return self
 
     @property
     def tags(self) -> tuple[tuple[str, str], ...]:
         """Key tags: prompts under different salts never share KV."""
         return (("salt", self.cache_salt),) if isinstance(self.cache_salt, str) and self.cache_salt else ()
-
-    @property
-    def session(self) -> bytes:
-        """The caller's own name for the conversation, as OpenAI has it: `prompt_cache_key`, else `user`."""
-        named = (name for name in (self.prompt_cache_key, self.user) if isinstance(name, str) and name)
-        return next(named, "").encode()
 
     @property
     def keyable(self) -> bool:
@@ -63,14 +77,26 @@ class Ask(msgspec.Struct, frozen=True):
         )
 
 
-_decoder = msgspec.json.Decoder(Ask)
+A = TypeVar("A", bound=Asked)
+
+_ask = msgspec.json.Decoder(Ask)
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
+def first_text(*names: Any) -> bytes:
+    """The first of them that is a string and says something."""
+    return next((name for name in names if isinstance(name, str) and name), "").encode()
+
+
 def read_ask(body: bytes) -> Ask:
+    """Raises BadRequest as read() does."""
+    return read(_ask, body)
+
+
+def read(decoder: msgspec.json.Decoder[A], body: bytes) -> A:
     """Raises BadRequest when the body is not a JSON object, or its model is not a string."""
     try:
-        return _decoder.decode(body)
+        return decoder.decode(body)
     except msgspec.ValidationError as exc:
         raise BadRequest(
             f"The request body is not acceptable: {exc}.", "model" if "$.model" in str(exc) else None

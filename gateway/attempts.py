@@ -56,7 +56,7 @@ class Attempts:
                     raise  # slow, not dead: sending it twice would make two workers slow
                 if not isinstance(exc, Unreachable):
                     left -= 1
-                    if left < 0:
+                    if left < 0 or not exchange.endpoint.retriable:
                         raise
                     if not self._budget.take():
                         self._metrics.retries_denied.inc()
@@ -104,7 +104,7 @@ class Attempts:
             placement.worker.url,
             exchange.path,
             span.headers(client.headers),
-            exchange.body,
+            exchange.upload or exchange.body,
             self._patience,
             span.connected,
         ) as answer:

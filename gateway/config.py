@@ -55,6 +55,11 @@ class GatewayConfig(Config):
         description="How long a worker that joins takes only a rising share of the prompts it holds nothing "
         "of, in seconds; 0: all at once. Leave it alone unless first requests are slow for longer.",
     )
+    cors_origins: Annotated[list[str], BeforeValidator(_split)] = Field(
+        default_factory=list,
+        description="Origins whose web pages may call the API from a browser, as `https://host` (comma "
+        "separated in the environment), or `*`; never the admin pages. Leave it alone unless there are any.",
+    )
     policy: str = Field(
         "predicted_ttft",
         description=f"How a worker is chosen: {', '.join(POLICIES)} "
@@ -82,6 +87,11 @@ class GatewayConfig(Config):
         ByteSize(16 << 20),
         description="Longest request body in bytes; a longer one is answered 413. "
         "Raise it for pictures sent inline.",
+    )
+    max_upload_bytes: ByteSize = Field(
+        ByteSize(256 << 20),
+        description="Longest multipart body (audio) in bytes; a longer one is answered 413. It is streamed, "
+        "and only max_body_bytes of it are ever held. Leave it alone: vLLM has its own limit.",
     )
     max_inflight: Positive = Field(
         4096,

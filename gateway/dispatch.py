@@ -13,6 +13,8 @@ from typing import Any
 
 from gateway.attempts import Attempts
 from gateway.config import GatewayConfig
+from gateway.endpoints import Endpoint
+from gateway.envelope import REQUEST_ID
 from gateway.errors import GatewayError, NoWorker, Overloaded, TookTooLong
 from gateway.exchange import Exchange, Prompt
 from gateway.flow import Turns
@@ -20,6 +22,7 @@ from gateway.metrics import Metrics
 from gateway.prompts import Prompts
 from gateway.proxy import Client, ClientGone
 from gateway.tracing import Tracer
+from gateway.upload import Upload
 from router.placement import NoWorker as NobodyReady
 from router.router import Router
 
@@ -49,15 +52,16 @@ class Dispatcher:
         self.inflight = 0
         metrics.inflight.set_function(lambda: self.inflight)
 
-    async def serve(self, client: Client, path: str, chat: bool) -> None:
-        """Answer one generation request, whatever happens."""
-        exchange = Exchange(client, path, chat, time.perf_counter())
+    async def serve(self, client: Client, endpoint: Endpoint, path: str) -> None:
+        """Answer one request, whatever happens."""
+        exchange = Exchange(client, endpoint, path, time.perf_counter())
+        exchange.request_id = (client.header(REQUEST_ID) or b"").decode()
         exchange.trace = self._tracer.begin(client, path, exchange.arrived)
         self.inflight += 1
         try:
             if self.inflight > self._config.max_inflight:
                 raise Overloaded(self.inflight - 1)
-            exchange.body = await client.body(self._config.max_body_bytes)
+            await self._read(exchange)
             await self._in_time(exchange)
         except ClientGone:
             exchange.aborted = True
@@ -75,6 +79,21 @@ class Dispatcher:
             for hear in self._ended:
                 hear(exchange)
 
+    async def _read(self, exchange: Exchange) -> None:
+        """The body, or of an upload what tells its model.  Raises GatewayError, ClientGone."""
+        client, config = exchange.client, self._config
+        if exchange.endpoint.body == "json":
+            exchange.body = await client.body(config.max_body_bytes)
+            return
+        length = (client.header(b"content-length") or b"").decode("ascii", "replace")
+        exchange.upload = client.upload = Upload(
+            client.header(b"content-type") or b"",
+            int(length) if length.isdecimal() else None,
+            client.part,
+            config.max_upload_bytes,
+        )
+        await exchange.upload.look(config.max_body_bytes)
+
     async def _in_time(self, exchange: Exchange) -> None:
         """Raises GatewayError and ClientGone."""
         seconds = self._config.total_timeout_seconds
@@ -90,11 +109,11 @@ class Dispatcher:
     async def _answer(self, exchange: Exchange) -> None:
         """Raises GatewayError."""
         trace, started = exchange.trace, time.perf_counter()
-        ask, exchange.model, exchange.body = self._prompts.read(exchange.body)
-        if ask.stream is True and self._config.keepalive_seconds:
+        ask, exchange.model, exchange.body = self._prompts.read(exchange)
+        if ask.stream is True and exchange.endpoint.streams and self._config.keepalive_seconds:
             exchange.client.keep_alive(self._config.keepalive_seconds)
         started = trace.step("parse", started)
-        prompt = await self._prompts.prompt(exchange.model, ask, exchange.body, exchange.chat)
+        prompt = await self._prompts.prompt(exchange.model, ask, exchange.body, exchange.endpoint)
         exchange.prompt = prompt
         tokenized = trace.step("tokenize", started)
         if prompt.unkeyed:
@@ -123,8 +142,9 @@ class Dispatcher:
     async def explain(self, body: bytes, session: bytes = b"") -> dict[str, Any]:
         """Where a request with this body, and this x-session-id, would go now, and why.  A dry run.  Raises
         GatewayError."""
-        ask, model, body = self._prompts.read(body)
-        prompt = await self._prompts.prompt(model, ask, body, chat=ask.messages is not None)
+        endpoint = self._prompts.guess(body)
+        ask, model, body = self._prompts.read_body(body, endpoint)
+        prompt = await self._prompts.prompt(model, ask, body, endpoint)
         try:
             decision = await self._router.explain(
                 model, prompt.keys, prompt.tokens, prompt.affinity, session or prompt.session

@@ -18,7 +18,11 @@ GatewayError
   TookTooLong     504  the whole of it lasted longer than total_timeout_seconds
 
 Worker answers with their own status (4xx, 5xx) are not errors here: they are relayed as they are.
+A Dialect is the shape a refusal takes: OpenAI's, or Anthropic's on its own paths.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 
@@ -156,3 +160,31 @@ def error_body(message: str, kind: str, code: str | None, param: str | None = No
 def sse_error(error: GatewayError) -> bytes:
     """The same object as one server-sent event, for a stream that has already begun."""
     return b"data: " + error.body() + b"\n\n"
+
+
+class Dialect(NamedTuple):
+    """How one family of clients wants to be refused."""
+
+    body: Callable[[GatewayError], bytes]  # the JSON document
+    event: Callable[[GatewayError], bytes]  # the same inside a stream that has already begun
+
+
+def _anthropic(error: GatewayError) -> bytes:
+    """Types: Anthropic's API reference, "Errors"."""
+    kind = _ANTHROPIC_KINDS.get(error.status)
+    kind = kind or ("invalid_request_error" if error.status < 500 else "api_error")
+    return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": str(error)}})
+
+
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+OPENAI = Dialect(GatewayError.body, sse_error)
+ANTHROPIC = Dialect(_anthropic, lambda error: b"event: error\ndata: " + _anthropic(error) + b"\n\n")

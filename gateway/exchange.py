@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cacheengine.keys import ChunkKey
+from gateway.endpoints import Endpoint
 from gateway.flow import ANYBODY, Tenant
 from gateway.proxy import Client
 from gateway.trace import NO_TRACE, Trace
+from gateway.upload import Upload
 from gateway.usage import NO_USAGE, Usage
 from router.placement import Placement
 from router.policy import SLOWEST
@@ -32,10 +34,11 @@ class Exchange:
     """One request under way, and what is known of it so far."""
 
     client: Client
-    path: str
-    chat: bool
+    endpoint: Endpoint
+    path: str  # for the worker; the endpoint's own, unless that stands for many
     arrived: float
     body: bytes = b""
+    upload: Upload | None = None  # instead of a body: one that is streamed
     model: str = "unknown"  # a metric's label: only ever the name of a model that is served
     request_id: str = ""
     prompt: Prompt | None = None

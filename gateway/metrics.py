@@ -71,7 +71,7 @@ class Metrics:
     def ended(self, exchange: Exchange) -> None:
         """A request is over, one way or another."""
         model, usage = exchange.model, exchange.usage
-        self.requests.labels(model, exchange.path, str(exchange.status)).inc()
+        self.requests.labels(model, exchange.endpoint.path, str(exchange.status)).inc()
         self.request_seconds.labels(model).observe(exchange.total)
         if exchange.aborted:
             self.aborts.inc()

@@ -14,16 +14,18 @@ from dataclasses import dataclass
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway.errors import (
+    OPENAI,
     BadRequest,
     BodyTooLarge,
     Busy,
+    Dialect,
     GatewayError,
     TooSlow,
     Unreachable,
     Upstream,
-    sse_error,
 )
 from gateway.keepalive import COMMENT, Keepalive
+from gateway.upload import Upload
 from gateway.usage import TAIL_BYTES, Usage, read_usage
 from gateway.wire import Headers, NotConnected, Question, Reply, Transport, Unsendable, WireError
 
@@ -33,7 +35,8 @@ _HOP_BY_HOP = frozenset(
 )
 # Not the worker's business: who we are, how long our copy is, and our own switches.
 _NOT_SENT = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"x-cairn-explain"}
-_NOT_RETURNED = _HOP_BY_HOP | {b"date", b"server"}
+# x-request-id: the envelope says it once, for every answer.
+_NOT_RETURNED = _HOP_BY_HOP | {b"date", b"server", b"x-request-id"}
 _MAX_HELD_BYTES = 1 << 20  # an event longer than this is passed on in pieces
 
 
@@ -44,13 +47,15 @@ class ClientGone(Exception):
 class Client:
     """The caller's end of one exchange: remembers what it was told, and hears when it leaves."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, dialect: Dialect = OPENAI) -> None:
         self.headers: Headers = scope["headers"]
         self.method: str = scope.get("method", "POST")
         self.scheme: str = scope.get("scheme", "http")
+        self.dialect = dialect
         self.status = 0  # of the answer, once started
         self.answered = False  # more than comments was sent: it is too late for another worker
         self.finished = False
+        self.upload: Upload | None = None  # who reads the body, while the worker is already asked
         self.streams = False  # the answer is server-sent events
         self._keepalive: Keepalive | None = None
         self._receive = receive
@@ -77,6 +82,13 @@ class Client:
             parts.append(part)
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+    async def part(self) -> tuple[bytes, bool]:
+        """The next bytes of the request body, and whether more will come.  Raises ClientGone."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        return message.get("body", b""), message.get("more_body", False)
 
     async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Of an answer.  Where comments went before it theirs stand."""
@@ -118,11 +130,11 @@ class Client:
         the middle of a JSON answer, nothing: the server cuts the connection of an unfinished answer."""
         await self.hush()
         if not self.status:
-            body = error.body()
+            body = self.dialect.body(error)
             await self.start(error.status, [*error.headers(), (b"content-length", b"%d" % len(body))])
             await self.finish(body)
         elif self.streams and not self.finished:
-            await self.finish(sse_error(error))
+            await self.finish(self.dialect.event(error))
 
     async def stays_for(self, work: Coroutine[None, None, None]) -> bool:
         """Run `work` and raise what it raises; False when the client left first and the work was cancelled.
@@ -143,6 +155,8 @@ class Client:
             await asyncio.gather(task, ears, return_exceptions=True)
 
     async def _hung_up(self) -> None:
+        if self.upload is not None:
+            await self.upload.over.wait()  # until then it is the upload that hears it
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
@@ -180,18 +194,23 @@ async def ask_worker(
     base_url: str,
     path: str,
     headers: Headers,
-    body: bytes,
+    body: bytes | Upload,
     patience: Patience,
     connected: Callable[[], None] | None = None,
 ) -> AsyncIterator[Answer]:
-    """Send `body` untouched and wait for the first bytes of the answer; leaving closes the connection.
+    """Send `body` as it is and wait for the first bytes of the answer; leaving closes the connection.
 
     Raises Unreachable, Busy (it answered 503), TooSlow, or Upstream (it closed without a byte) on entry;
     TooSlow and Upstream out of the body of the `with` too.  One timer, moved along, guards every silence.
     `connected` hears when a connection is there, new or kept."""
-    forwarded = _forwarded(headers)
     question = Question(
-        base_url, path.encode(), forwarded, body, connect_seconds=patience.connect, connected=connected
+        base_url,
+        path.encode(),
+        _forwarded(headers),
+        body,
+        body.length if isinstance(body, Upload) else None,
+        connect_seconds=patience.connect,
+        connected=connected,
     )
     reply: Reply | None = None
     try:

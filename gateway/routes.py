@@ -1,4 +1,4 @@
-"""The HTTP surface.  Generation is plain ASGI: nothing between the worker's bytes and the socket."""
+"""The HTTP surface.  What is relayed is plain ASGI: nothing between the worker's bytes and the socket."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,48 +6,97 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from gateway.dispatch import Dispatcher
+from gateway.endpoints import ENDPOINTS, Endpoint, known, other
+from gateway.errors import UnknownModel, error_body
 from gateway.health import Health
 from gateway.metrics import Metrics
 from gateway.proxy import Client
 from router.router import Router
 
 
-class Generation:
-    """ASGI endpoint of one OpenAI path that generates."""
+class Relay:
+    """ASGI endpoint of one line of the table."""
 
-    def __init__(self, dispatcher: Dispatcher, path: str, chat: bool) -> None:
-        self._dispatcher, self._path, self._chat = dispatcher, path, chat
+    def __init__(self, dispatcher: Dispatcher, endpoint: Endpoint) -> None:
+        self._dispatcher, self._endpoint = dispatcher, endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._dispatcher.serve(Client(scope, receive, send), self._path, self._chat)
+        client = Client(scope, receive, send, self._endpoint.dialect)
+        await self._dispatcher.serve(client, self._endpoint, self._endpoint.path)
 
 
-def generation(dispatcher: Dispatcher) -> list[BaseRoute]:
-    """POST /v1/chat/completions and /v1/completions."""
-    paths = {"/v1/chat/completions": True, "/v1/completions": False}
+class RelayOther:
+    """ASGI endpoint of the paths below /v1 that nobody here knows, and of methods nobody expects."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = other(scope["path"]) if scope["method"] == "POST" else None
+        if endpoint is None:
+            raise HTTPException(405 if known(scope["path"]) else 404)
+        await self._dispatcher.serve(Client(scope, receive, send), endpoint, scope["path"])
+
+
+def relayed(dispatcher: Dispatcher) -> list[BaseRoute]:
+    """The paths of the table."""
     return [
-        Route(path, Generation(dispatcher, path, chat), methods=["POST"], name=path)
-        for path, chat in paths.items()
+        Route(path, Relay(dispatcher, endpoint), methods=["POST"], name=path, include_in_schema=False)
+        for path, endpoint in ENDPOINTS.items()
     ]
 
 
+def relayed_others(dispatcher: Dispatcher) -> BaseRoute:
+    """Everything else below /v1.  REQUIRES: the last route."""
+    return Route("/v1/{rest:path}", RelayOther(dispatcher), include_in_schema=False)
+
+
 def openai(router: Router, aliases: Mapping[str, str], started: int) -> APIRouter:
-    """The rest of OpenAI's surface.  `started` (Unix seconds) is the models' creation date."""
+    """What is answered here of OpenAI's surface.  `started` (Unix seconds) is the models' creation date."""
     api = APIRouter(tags=["openai"])
+
+    def cards() -> dict[str, dict[str, Any]]:
+        ready = {name: router.registry.card(name) for name in router.registry.models()}
+        known = {
+            name: {
+                "id": name,
+                "object": "model",
+                "created": started,
+                "owned_by": "cairn",
+                "root": card.root or name,
+                "parent": card.parent,
+                "max_model_len": card.max_model_len,
+            }
+            for name, card in ready.items()
+        }
+        named = {alias: {**known[model], "id": alias} for alias, model in aliases.items() if model in known}
+        return dict(sorted({**named, **known}.items()))
 
     @api.get("/v1/models")
     async def models() -> dict[str, Any]:
         """Every model, adapter and alias some worker serves now."""
-        ready = router.registry.models()
-        names = {*ready, *(alias for alias, model in aliases.items() if model in ready)}
-        served = [
-            {"id": name, "object": "model", "created": started, "owned_by": "cairn"} for name in sorted(names)
-        ]
-        return {"object": "list", "data": served}
+        return {"object": "list", "data": [*cards().values()]}
+
+    @api.get("/v1/models/{model:path}")
+    async def model(model: str) -> Any:
+        """One of them."""
+        if (card := cards().get(model)) is None:
+            unknown = UnknownModel(model)
+            return Response(unknown.body(), unknown.status, media_type="application/json")
+        return card
+
+    @api.get("/v1/responses/{response_id}")
+    @api.delete("/v1/responses/{response_id}")
+    @api.post("/v1/responses/{response_id}/cancel")
+    async def response(response_id: str) -> Response:
+        """Always 404: responses are not kept."""
+        body = error_body("Responses are not kept here.", "invalid_request_error", "not_found", "response_id")
+        return Response(body, 404, media_type="application/json")
 
     return api
 

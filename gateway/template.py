@@ -39,7 +39,7 @@ _NOT_FOR_TEMPLATES = {
 _RENDER_FAILURES = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
-_BILLING_HEADER = "x-anthropic-billing-header"
+BILLING_HEADER = "x-anthropic-billing-header"
 _MARK = "CAIRN-CONTINUES-HERE "  # the space shows whether the template trims the last message
 
 
@@ -160,7 +160,7 @@ def _texts(content: Any, strip: bool) -> Iterator[str]:
                 continue  # vLLM skips empty parts
         if not isinstance(text, str):
             raise Unkeyable("multimodal")
-        if strip and text.startswith(_BILLING_HEADER):
+        if strip and text.startswith(BILLING_HEADER):
             text = text.partition("\n")[2]
             if not text:
                 continue

@@ -1,9 +1,18 @@
-"""What a worker says when it is asked over HTTP: whether it is well, and which adapters it has."""
+"""What a worker says when it is asked over HTTP: whether it is well, and which models it has."""
 
 import httpx
 import msgspec
 
 HEALTH_SECONDS = 1.0
+
+
+class Card(msgspec.Struct, frozen=True):
+    """One model of a worker.  vLLM names each LoRA adapter with the base model as its parent."""
+
+    id: str
+    parent: str | None = None
+    root: str | None = None
+    max_model_len: int | None = None
 
 
 class Probe:
@@ -23,21 +32,14 @@ class Probe:
             return False
         return reply.status_code == 200
 
-    async def adapters(self, url: str) -> tuple[str, ...] | None:
-        """vLLM's /v1/models names each LoRA adapter with the base model as its parent.  None: it did not
-        say."""
+    async def cards(self, url: str) -> tuple[Card, ...] | None:
+        """What its /v1/models says.  None: nothing."""
         try:
             reply = await self._http.get(f"{url}/v1/models", timeout=HEALTH_SECONDS)
-            cards = msgspec.json.decode(reply.content, type=_Cards).data
+            return tuple(msgspec.json.decode(reply.content, type=_Cards).data)
         except Exception:  # noqa: BLE001  as above
             return None
-        return tuple(sorted({card.id for card in cards if card.parent}))
-
-
-class _Card(msgspec.Struct):
-    id: str
-    parent: str | None = None
 
 
 class _Cards(msgspec.Struct):
-    data: list[_Card]
+    data: list[Card]

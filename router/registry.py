@@ -24,7 +24,7 @@ from cacheengine.index_orders import Orders
 from cacheengine.index_reader import Fleet
 from cacheengine.keys import KeyScheme
 from router.orders import DRAINED, Deed, StandingOrders
-from router.probe import Probe
+from router.probe import Card, Probe
 from router.sources import Leases, Source, SourceDown, Static
 from router.worker import StaticWorker, Worker, majority_scheme
 
@@ -49,8 +49,12 @@ class _Known:
     ready: bool = False  # /health said so, and no request found otherwise since
     healthy: bool = False  # what /health said last
     gone_since: float | None = None  # its source answered without it
-    adapters: tuple[str, ...] = ()
+    cards: tuple[Card, ...] = ()  # of its models
     adapters_asked: float = -math.inf
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(sorted({card.id for card in self.cards if card.parent}))
 
 
 class Registry:
@@ -96,6 +100,13 @@ class Registry:
     def models(self) -> tuple[str, ...]:
         """Served names and adapters, sorted."""
         return tuple(sorted(self._by_model))
+
+    def card(self, model: str) -> Card:
+        """What is known of a served name or adapter; the shortest context of its workers, who may get any."""
+        said = [card for known in self._known.values() if known.ready for card in known.cards]
+        said = [card for card in said if card.id == model] or [Card(model)]
+        lengths = [card.max_model_len for card in said if card.max_model_len is not None]
+        return Card(model, said[0].parent, said[0].root, min(lengths, default=None))
 
     def adapter(self, model: str) -> bool:
         """Whether this is the name of a LoRA adapter of the workers that serve it."""
@@ -330,9 +341,9 @@ class Registry:
 
     async def _look_for_adapters(self, known: _Known) -> None:
         known.adapters_asked = self._clock()
-        adapters = await self._probe.adapters(known.worker.url)
-        if adapters is not None:
-            known.adapters = adapters
+        cards = await self._probe.cards(known.worker.url)
+        if cards is not None:
+            known.cards = cards
 
     # -- what follows ------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.endpoints import ENDPOINTS
 from gateway.exchange import Exchange
 from gateway.logs import JsonLines, TextLines, Writer, request_line
 from gateway.proxy import Client
@@ -105,7 +106,7 @@ def test_a_reader_that_is_stuck_costs_lines_and_no_time() -> None:
 
 
 def test_a_request_that_came_to_nothing_has_its_line_too(caplog: pytest.LogCaptureFixture) -> None:
-    exchange = Exchange(Client({"headers": []}, None, None), CHAT, True, time.perf_counter())  # type: ignore[arg-type]
+    exchange = Exchange(Client({"headers": []}, None, None), ENDPOINTS[CHAT], CHAT, time.perf_counter())  # type: ignore[arg-type]
     exchange.aborted = True
     with caplog.at_level(logging.INFO, "gateway.logs"):
         request_line(exchange)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from gateway.endpoints import ENDPOINTS
 from gateway.exchange import Exchange, Prompt
 from gateway.metrics import Metrics
 from gateway.proxy import Client
@@ -30,7 +31,7 @@ def exchange(status: int = 200, *, rate: float = 100.0, expected: int = 0, **kno
     placement = Placement(worker, expected, {"host": expected}, "hit", "predicted_ttft", {"transfer": 100.0})
     prompt = Prompt("m", (), 50, b"")
     return Exchange(
-        client, CHAT, True, 0.0, model="m", prompt=prompt, placement=placement, attempts=1, **known
+        client, ENDPOINTS[CHAT], CHAT, 0.0, model="m", prompt=prompt, placement=placement, attempts=1, **known
     )
 
 

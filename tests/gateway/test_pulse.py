@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.endpoints import ENDPOINTS
 from gateway.exchange import Exchange, Prompt
 from gateway.pulse import KINDS, STEP_SECONDS, STEPS, Pulse, Times, by_tier, merged_quantiles
 from gateway.usage import Usage
@@ -44,7 +45,7 @@ def exchange(
     hits = dict.fromkeys(TIERS, 0) | (expected or {})
     worker = Worker("w", "http://w", "m", load=Load(prefill_rate=1000))
     client: Any = SimpleNamespace(status=status)
-    made = Exchange(client, "/v1/completions", False, 0.0)
+    made = Exchange(client, ENDPOINTS["/v1/completions"], "/v1/completions", 0.0)
     made.prompt = Prompt("m", (), tokens, b"")
     made.placement = Placement(worker, sum(hits.values()), hits, "hit", "p", {"transfer": 100.0})
     made.ttft, made.failure = ttft, failure
