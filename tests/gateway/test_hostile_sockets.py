@@ -213,8 +213,8 @@ def test_one_request_is_one_request_with_the_headers_we_mean_to_send(house: Hous
     ((head, body),) = house.worker.heard
     assert head.startswith(b"POST /v1/completions HTTP/1.1\r\n")
     assert body == BODY
-    assert {key for key, _ in fields(head)} - OWN == {b"x-kept"}
-    assert len(fields(head)) == 3
+    assert {key for key, _ in fields(head)} - OWN == {b"x-kept", b"x-request-id"}
+    assert len(fields(head)) == 4
     assert house.worker.rubbish == []
 
 
