@@ -88,11 +88,6 @@ class GatewayConfig(Config):
         description="Longest request body in bytes; a longer one is answered 413. "
         "Raise it for pictures sent inline.",
     )
-    max_upload_bytes: ByteSize = Field(
-        ByteSize(256 << 20),
-        description="Longest multipart body (audio) in bytes; a longer one is answered 413. It is streamed, "
-        "and only max_body_bytes of it are ever held. Leave it alone: vLLM has its own limit.",
-    )
     max_inflight: Positive = Field(
         4096,
         description="Requests carried at once; beyond it 503 with Retry-After. Each keeps its body in RAM: "

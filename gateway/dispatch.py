@@ -81,18 +81,17 @@ class Dispatcher:
 
     async def _read(self, exchange: Exchange) -> None:
         """The body, or of an upload what tells its model.  Raises GatewayError, ClientGone."""
-        client, config = exchange.client, self._config
+        client, most = exchange.client, self._config.max_body_bytes
         if exchange.endpoint.body == "json":
-            exchange.body = await client.body(config.max_body_bytes)
+            exchange.body = await client.body(most)
             return
         length = (client.header(b"content-length") or b"").decode("ascii", "replace")
         exchange.upload = client.upload = Upload(
             client.header(b"content-type") or b"",
             int(length) if length.isdecimal() else None,
             client.part,
-            config.max_upload_bytes,
         )
-        await exchange.upload.look(config.max_body_bytes)
+        await exchange.upload.look(most)
 
     async def _in_time(self, exchange: Exchange) -> None:
         """Raises GatewayError and ClientGone."""

@@ -13,6 +13,7 @@ from python_multipart.multipart import parse_options_header
 
 from gateway.errors import BadRequest, BodyTooLarge
 
+MAX_BYTES = 256 << 20  # of an upload; vLLM has its own limit, 25 MB of audio by default
 _LONGEST_NAME = 1024  # bytes of a model's name; more is no name
 
 Part = tuple[bytes, bool]  # bytes of the body, and whether more will come
@@ -26,7 +27,7 @@ class Upload:
         content_type: bytes,
         length: int | None,
         receive: Callable[[], Awaitable[Part]],
-        limit: int,
+        limit: int = MAX_BYTES,
     ) -> None:
         """`limit` in bytes.  Raises BadRequest, BodyTooLarge."""
         kind, options = parse_options_header(content_type)
