@@ -1,5 +1,6 @@
 """The ring: the same order everywhere, and little of it moves."""
 
+import math
 from collections import Counter
 
 from hypothesis import given
@@ -35,10 +36,12 @@ def test_nobody_gets_more_than_twice_a_fair_share() -> None:
 def test_no_more_than_a_fair_share_of_keys_moves_when_any_worker_goes(
     members: set[str], data: st.DataObject
 ) -> None:
-    """Only its own keys move, and it had no more than 1/N of them and what chance adds."""
+    """Only its own keys move, and it had no more than 1/N of them and what chance adds: a third for where its
+    points on the ring fell, and four standard deviations of the sample."""
     gone = data.draw(st.sampled_from(sorted(members)))
     before, after = Ring(members), Ring(members - {gone})
     sample = KEYS[:500]
     moved = sum(before.order(key)[0] != after.order(key)[0] for key in sample)
     assert all(before.order(key)[0] == after.order(key)[0] for key in sample if before.order(key)[0] != gone)
-    assert moved / len(sample) <= 1 / len(members) + 0.15
+    fair = 1 / len(members)
+    assert moved / len(sample) <= fair * 4 / 3 + 4 * math.sqrt(fair / len(sample))
