@@ -59,7 +59,12 @@ class Ask(Asked, frozen=True):
     @property
     def tags(self) -> tuple[tuple[str, str], ...]:
         """Key tags: prompts under different salts never share KV."""
-        return (("salt", self.cache_salt),) if isinstance(self.cache_salt, str) and self.cache_salt else ()
+        return (("salt", self.salt),) if self.salt else ()
+
+    @property
+    def salt(self) -> str:
+        """The part of the cache this prompt may share; "" for everybody's."""
+        return self.cache_salt if isinstance(self.cache_salt, str) else ""
 
     @property
     def keyable(self) -> bool:

@@ -37,11 +37,12 @@ PROBES = (
 
 
 class Encoder(Protocol):
-    """Token ids of a text.  Thread-safe; equal for equal arguments."""
+    """Token ids of a text.  Thread-safe; equal for equal texts.  What is remembered is one tenant's, `whose`:
+    another could measure it."""
 
     name: str
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+    def encode(self, text: str, add_special_tokens: bool, whose: str = "") -> list[int]: ...
 
 
 class PlainEncoder:
@@ -52,7 +53,7 @@ class PlainEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool, whose: str = "") -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -77,23 +78,23 @@ class BpeEncoder:
         self.memo = Memo(memo_bytes)
         self._before, self._after = _template_ids(tokenizer)
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool, whose: str = "") -> list[int]:
         ids: list[int] = [*self._before] if add_special_tokens else []
         stretches = self._split.split(text) if self._split else [text]
         for stretch in stretches:
             if (special := self._added.get(stretch)) is not None:
                 ids.append(special)
             elif stretch:
-                ids += self._stretch(stretch)
+                ids += self._stretch(stretch, whose)
         if add_special_tokens:
             ids += self._after
         return ids
 
-    def _stretch(self, text: str) -> list[int]:
-        if (known := self.memo.get(text)) is not None:
+    def _stretch(self, text: str, whose: str) -> list[int]:
+        if (known := self.memo.get(text, whose)) is not None:
             return known
         ids = self.bpe.encode_ordinary(text) if self._fits(text) else self.plain.encode(text, False)
-        self.memo.put(text, ids)
+        self.memo.put(text, ids, whose)
         return ids
 
     def _fits(self, text: str) -> bool:
@@ -110,28 +111,28 @@ class NotBpe(Exception):
 
 
 class Memo:
-    """Least recently used texts and their ids, within a number of bytes.  Thread-safe."""
+    """Least recently used texts and their ids, within a number of bytes, tenants apart.  Thread-safe."""
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity = capacity_bytes
         self._used = 0
         self._lock = threading.Lock()
-        self._ids: OrderedDict[str, list[int]] = OrderedDict()
+        self._ids: OrderedDict[tuple[str, str], list[int]] = OrderedDict()
 
-    def get(self, text: str) -> list[int] | None:
+    def get(self, text: str, whose: str = "") -> list[int] | None:
         with self._lock:
-            ids = self._ids.get(text)
+            ids = self._ids.get((text, whose))
             if ids is not None:
-                self._ids.move_to_end(text)
+                self._ids.move_to_end((text, whose))
             return ids
 
-    def put(self, text: str, ids: list[int]) -> None:
+    def put(self, text: str, ids: list[int], whose: str = "") -> None:
         """The caller does not change `ids` afterwards.  A text too large to keep is not kept."""
-        cost = _cost(text, ids)
+        cost = _cost((text, whose), ids)
         with self._lock:
-            if cost > self._capacity or text in self._ids:
+            if cost > self._capacity or (text, whose) in self._ids:
                 return
-            self._ids[text] = ids
+            self._ids[text, whose] = ids
             self._used += cost
             while self._used > self._capacity:
                 self._used -= _cost(*self._ids.popitem(last=False))
@@ -139,11 +140,11 @@ class Memo:
     def check(self) -> None:
         """The books: what is held is what was counted, and fits."""
         with self._lock:
-            assert self._used == sum(_cost(text, ids) for text, ids in self._ids.items()) <= self._capacity
+            assert self._used == sum(_cost(name, ids) for name, ids in self._ids.items()) <= self._capacity
 
 
-def _cost(text: str, ids: list[int]) -> int:
-    return 4 * len(text) + _ID_BYTES * len(ids) + 200
+def _cost(name: tuple[str, str], ids: list[int]) -> int:
+    return 4 * sum(map(len, name)) + _ID_BYTES * len(ids) + 300
 
 
 def load_encoder(path: Path, memo_bytes: int) -> tuple[Encoder, str]:

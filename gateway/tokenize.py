@@ -55,7 +55,7 @@ class ModelTokenizer:
             raise Unkeyable("no_template")
         if ask.chat_template_kwargs is not None and not isinstance(ask.chat_template_kwargs, dict):
             raise Unkeyable("template")
-        ids = self.encoder.encode(template.render(ask), bool(ask.add_special_tokens))
+        ids = self.encoder.encode(template.render(ask), bool(ask.add_special_tokens), ask.salt)
         return Tokens(ids, len(ids))
 
     def completion(self, ask: Ask) -> Tokens:
@@ -63,12 +63,12 @@ class ModelTokenizer:
         special = ask.add_special_tokens is None or bool(ask.add_special_tokens)
         several = isinstance(ask.prompt, list) and set(map(type, ask.prompt)) != {int}
         prompts = ask.prompt if several else [ask.prompt]
-        found = [self._prompt(prompt, special) for prompt in prompts]
+        found = [self._prompt(prompt, special, ask.salt) for prompt in prompts]
         return Tokens(max(found, key=len, default=[]), sum(map(len, found)))
 
-    def _prompt(self, prompt: Any, special: bool) -> list[int]:
+    def _prompt(self, prompt: Any, special: bool, whose: str) -> list[int]:
         if isinstance(prompt, str):
-            return self.encoder.encode(prompt, special)
+            return self.encoder.encode(prompt, special, whose)
         ids = isinstance(prompt, list) and set(map(type, prompt)) <= {int}
         if ids and min(prompt, default=0) >= 0 and max(prompt, default=0) < 1 << 32:
             return list(prompt)

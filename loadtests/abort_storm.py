@@ -105,7 +105,7 @@ async def play(plan: Plan, host: str, port: int) -> str:
                 await _hear(plan, reader)
         return plan.moment
     except Refused as exc:
-        return f"refused {exc}"
+        return f"refused {exc.args}"
     finally:
         if plan.reset:
             writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, _RESET)
@@ -113,14 +113,14 @@ async def play(plan: Plan, host: str, port: int) -> str:
 
 
 class Refused(Exception):
-    """The status of an answer that is none of a worker's."""
+    """Status and text of an answer that is none of a worker's."""
 
 
 async def _hear(plan: Plan, reader: asyncio.StreamReader) -> None:
     """As much of the answer as the plan says.  Raises Refused."""
     head = await reader.readuntil(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 200"):
-        raise Refused(head.split()[1].decode())
+        raise Refused(head.split()[1].decode(), await reader.read(200))
     if plan.moment == "first":
         await reader.read(1)
     elif plan.moment == "middle":

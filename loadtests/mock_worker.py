@@ -4,7 +4,7 @@ One native process (mock_worker_cpp/) is all the workers; each port is one, with
 
 * OpenAI's /v1/completions and /v1/chat/completions, streamed or not, /v1/models, /health, /version,
   /tokenize, and /metrics with vLLM's names;
-* a prefix cache: least recently used chunks of a prompt's tokens, `--capacity` of them;
+* a prefix cache: least recently used chunks of a prompt under its `cache_salt`, `--capacity` of them;
 * one prompt computed at a time, first come first served, at `--prefill-rate` tokens/s for what the cache does
   not hold when its turn comes; then a token every 1/`--decode-rate` seconds, whatever else runs;
 * `usage` with cached_tokens, and counters under /mock/stats.
@@ -154,6 +154,7 @@ def command(program: Path, folder: Path, scheme: KeyScheme, args: argparse.Names
         "--chunk-tokens": scheme.chunk_tokens,
         "--capacity": args.capacity,
         "--model": args.model,
+        "--namespace": scheme.namespace.hex(),
         "--root": scheme.root().hex(),
         "--vocab": folder / "vocabulary",
         "--tokenized": folder,

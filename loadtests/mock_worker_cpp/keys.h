@@ -108,6 +108,14 @@ inline std::vector<Key> chunk_keys(const std::string& root, const std::vector<ui
   return keys;
 }
 
+// key_{-1} of prompts under a `cache_salt`: the namespace, and the salt as a typed tag.
+inline std::string salted_root(const std::string& name_space, const std::string& salt) {
+  std::string message = name_space + '\x02';
+  for (int shift = 0; shift < 32; shift += 8) message += char(salt.size() >> shift);
+  Key key = Sha256::first16(message + salt);
+  return std::string(key.data(), key.size());
+}
+
 inline std::string hex(const Key& key) {
   std::string out;
   for (char c : key) out += {"0123456789abcdef"[c >> 4 & 15], "0123456789abcdef"[c & 15]};

@@ -26,7 +26,7 @@ namespace {
 struct Options {
   std::vector<int> listeners;  // inherited sockets, one worker each
   Pace pace;
-  std::string model = "mock", root, vocab, tokenized;
+  std::string model = "mock", name_space, root, vocab, tokenized;
 };
 
 }  // namespace
@@ -194,7 +194,9 @@ class Mock {
     if (tokens.empty()) return false;
     request.chat = chat;
     request.tokens = tokens.size();
-    request.keys = chunk_keys(options_.root, tokens, options_.pace.chunk_tokens);
+    const std::string& salt = asked["cache_salt"].text;
+    const std::string root = salt.empty() ? options_.root : salted_root(options_.name_space, salt);
+    request.keys = chunk_keys(root, tokens, options_.pace.chunk_tokens);
     request.stream = asked["stream"].truth;
     request.usage = asked["stream_options"]["include_usage"].truth;
     const Json& most = chat && asked["max_tokens"].kind != Json::NUMBER ? asked["max_completion_tokens"]
@@ -336,6 +338,7 @@ int main(int count, char** args) {
     else if (name == "--chunk-tokens") options.pace.chunk_tokens = size_t(atol(value.c_str()));
     else if (name == "--capacity") options.pace.capacity = size_t(atol(value.c_str()));
     else if (name == "--model") options.model = value;
+    else if (name == "--namespace") options.name_space = unhex(value);
     else if (name == "--root") options.root = unhex(value);
     else if (name == "--vocab") options.vocab = value;
     else if (name == "--tokenized") options.tokenized = value;

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from loadtests.abort_storm import Plan, storm
@@ -16,7 +17,7 @@ FOREVER = 3500  # tokens: as many as the model's context takes, and minutes more
 def test_an_abort_at_the_gateway_is_an_abort_in_the_engine(start: Start, tiny: Path, tmp_path: Path) -> None:
     worker = start("aborts", {"host_bytes": 64 << 20}, weights=tiny, args=("--enable-log-requests",)).ready()
     rng = random.Random(11)
-    plans = [Plan.draw(rng, "smol", FOREVER) for _ in range(120)]
+    plans = [replace(Plan.draw(rng, "smol", FOREVER), chat=False) for _ in range(120)]  # it has no template
     with started(tmp_path, f"smol={worker.url}", worker_seats=12) as gateway:
         told = asyncio.run(storm(plans, "127.0.0.1", gateway.port, clients=24))
         assert set(told) == {"head", "body", "sent", "first", "middle", "whole"}

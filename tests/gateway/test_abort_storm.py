@@ -23,14 +23,14 @@ pytestmark = pytest.mark.e2e
 
 
 @contextlib.contextmanager
-def mocks(folder: Path, tokenizer: Path, *flags: str) -> Iterator[list[str]]:
+def mocks(folder: Path, tokenizer: Path, *flags: str, redis_url: str = "") -> Iterator[list[str]]:
     """Two native mock workers; their URLs."""
     needed(shutil.which("g++"), "g++")
     ports = [free_port(), free_port()]
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     argv = [sys.executable, "-m", "loadtests.mock_worker", "--ports", ",".join(map(str, ports))]
     argv += ["--folder", str(folder), "--tokenizer", str(tokenizer), *flags]
-    env = {**os.environ, "CAIRN_REDIS_URL": ""}
+    env = {**os.environ, "CAIRN_REDIS_URL": redis_url}
     with subprocess.Popen(argv, env=env) as process:
 
         def healthy() -> bool:

@@ -81,6 +81,16 @@ def test_the_memo_stays_within_its_bytes() -> None:
     assert memo.get("x" * 10_000) is None
 
 
+def test_what_one_salt_has_said_is_not_remembered_for_another(smollm: ModelTokenizer) -> None:
+    memo = Memo(10_000)
+    memo.put("said", [1], "a")
+    assert memo.get("said") is memo.get("said", "b") is None
+    assert memo.get("said", "a") == [1]
+    asks = [Ask(prompt="a stone " * 50, cache_salt=salt) for salt in ("a", "b", None)]
+    first, *others = [smollm.tokens(ask, chat=False) for ask in asks]
+    assert others == [first, first]
+
+
 def _spec(smollm_path: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((smollm_path / "tokenizer.json").read_text())
     return loaded
