@@ -29,7 +29,8 @@ FIELDS = b"""
     continue_final_message add_special_tokens chat_template chat_template_kwargs reasoning_effort query
     truncate_prompt_tokens prompt_embeds kv_transfer_params cache_salt prompt_logprobs logprobs user text_1
     prompt_cache_key max_tokens max_completion_tokens best_of instructions response_format priority text_2
-    temperature seed stop suffix system tokens mod\\u0065l
+    temperature seed stop suffix system tokens thinking output_config metadata reasoning truncation background
+    previous_response_id previous_input_messages max_output_tokens documents texts items file mod\\u0065l
 """.split()
 ROLES = [b'"system"', b'"user"', b'"assistant"', b'"tool"', b'"developer"', b'"x"', b"7", b"null", b"[]"]
 KINDS = [b"application/json", b"application/json; charset=utf-16", b"text/plain", b"", b"multipart/form-data",
@@ -75,7 +76,9 @@ model = st.sampled_from(
 names = fields | st.sampled_from([b"model", b"\\ud800", b"\xff", b"a" * 9000])
 # a request that means something, with something odd in it, or after it
 asks = st.tuples(
-    model, st.sampled_from([b"messages", b"prompt", b"input"]), messages | contents | tools,
+    model,
+    st.sampled_from([b"messages", b"prompt", b"input", b"messages", b"system"]),
+    messages | contents | tools,
     st.lists(st.tuples(fields, values | tools), max_size=4),
 ).map(lambda ask: _object([(b"model", ask[0]), (ask[1], ask[2]), *ask[3]]))  # fmt: skip
 
