@@ -218,6 +218,25 @@ def test_one_request_is_one_request_with_the_headers_we_mean_to_send(house: Hous
     assert house.worker.rubbish == []
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/load_lora_adapter", "/v1/%6coad_lora_adapter", "/v1/x/../load_lora_adapter",
+        "/v1/load_lora_adapter/", "/v1/./load_lora_adapter", "/v1//load_lora_adapter",
+        "/v1/x%2f..%2fload_lora_adapter", "/v1/..%5csleep", "/v1/%2e%2e/sleep", "/v1/..;/sleep", "/sleep",
+        "/reset_prefix_cache", "/collective_rpc", "/v1/x%0d%0ax-b: 1",
+        "/v1/x%20HTTP/1.1%0d%0a%0d%0aPOST%20/sleep", "/v1/x%00", "/v1/x?y", "/v1/x%3fy", "/v1/x%23y",
+        "/v1/\\x", "/v1/%c3%a9", "/v1/%ff", "*", "x", "/v1/" + "x/" * 3000, "/v1/" + "x" * 6000,
+    ],
+)  # fmt: skip
+def test_no_spelling_of_a_path_reaches_what_is_not_relayed(house: House, path: str) -> None:
+    said = say(house.gateway, PLAIN.replace(b"/v1/completions", path.encode()))
+    heard = [head.split(b" ")[1] for head, _ in house.worker.heard]
+    assert statuses(said)[0] in (400, 404) or (path == "/v1/x?y" and heard == [b"/v1/x"])
+    assert heard in ([], [b"/v1/x"])
+    assert house.worker.rubbish == []
+
+
 def test_nobody_is_sent_elsewhere_by_the_host_they_name(house: House) -> None:
     said = say(
         house.gateway, PLAIN.replace(b"completions", b"completions/").replace(b"host: x", b"host: evil")
