@@ -303,6 +303,16 @@ def test_a_hundred_megabytes_are_a_413_and_cost_no_memory(house: House, chunked:
     assert house.gateway.inflight() == 0
 
 
+def test_a_form_of_very_many_parts_is_a_400(house: House) -> None:
+    """Half a million would keep the loop busy for twenty seconds."""
+    part = b"--x\r\nContent-Disposition: form-data; name=a\r\n\r\n1\r\n"
+    head = b"POST /v1/audio/transcriptions HTTP/1.1\r\ncontent-type: multipart/form-data; boundary=x\r\n"
+    for parts, expected in ((1900, 200), (10_000, 400)):
+        body = part * parts + b"--x--\r\n"
+        said = say(house.gateway, head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        assert statuses(said) == [expected]
+
+
 # -- slowly
 
 
