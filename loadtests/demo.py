@@ -252,7 +252,7 @@ async def load(url: str, going: Callable[[], bool], rate: float = 9.0, seed: int
 
 def _body(rng: random.Random, number: int) -> dict[str, Any]:
     document = (
-        popular(rng, DOCUMENTS, 0.7) if rng.random() < 0.85 else rng.choice(DOCUMENTS)[: 400 + number % 900]
+        popular(rng, DOCUMENTS, 0.4) if rng.random() < 0.85 else rng.choice(DOCUMENTS)[: 400 + number % 900]
     )
     fresh = rng.random() < 0.12
     words = 0 if rng.random() < 0.01 else rng.randrange(4, 40)

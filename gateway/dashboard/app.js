@@ -1,7 +1,7 @@
 // The page's one loop: ask /admin/state every two seconds, show it, say when it cannot be asked.
 
 import { Chart, rolling } from "./charts.js";
-import { $, decimal, duration, mark, percent, say, time } from "./dom.js";
+import { $, age, decimal, duration, mark, percent, say, time } from "./dom.js";
 import * as views from "./views.js";
 
 const EVERY = 2000, PATIENCE = 8000, STALE_AFTER = 6000; // milliseconds
@@ -58,7 +58,7 @@ function show() {
   drawCharts();
   announce();
   say($("#about"), `policy ${state.policy}`);
-  say($("#foot"), `Figures of gateway process ${state.process}, up ${duration(state.headline.uptime_seconds)}. Time to first token is what a client waits, without its network. ` +
+  say($("#foot"), `Figures of gateway process ${state.process}, up ${age(state.headline.uptime_seconds)}. Time to first token is what a client waits, without its network. ` +
     "Tiers are those the index named, as far as the worker confirmed; prefill saved is at the worker's measured speed, less the time to load.");
 }
 
@@ -72,15 +72,15 @@ function announce() {
 }
 
 function freshness() {
-  const age = Date.now() - heard;
-  const lost = heard && age > STALE_AFTER;
+  const silent = Date.now() - heard;
+  const lost = heard && silent > STALE_AFTER;
   const kind = paused ? "paused" : lost ? "lost" : heard ? "live" : "waiting";
   mark($("#live"), "data-state", kind);
   say($("#live .text"), { paused: "Paused", lost: "Not answering", live: "Live", waiting: "Connecting" }[kind]);
   const notice = $("#notice");
   if (lost && !paused) {
     if (notice.hidden) say($("#says"), "The gateway does not answer; the figures are old.");
-    say(notice, `The gateway does not answer. What you see is from ${time(heard / 1000)}, ${duration(Math.round(age / 1000))} ago.`);
+    say(notice, `The gateway does not answer. What you see is from ${time(heard / 1000)}, ${age(silent / 1000)} ago.`);
   } else if (!notice.hidden && heard) say($("#says"), "The gateway answers again.");
   notice.hidden = !lost || paused;
 }

@@ -106,7 +106,7 @@ export class Chart {
     for (const [share, text, anchor] of [[0, "−15 min", "start"], [1 / 3, "−10", "middle"], [2 / 3, "−5", "middle"], [1, "now", "end"]])
       parts.push(svg("text", { x: LEFT + share * this.inner, y: HEIGHT - 4, "text-anchor": anchor }, text));
     if (!this.values.flat().some((value) => value != null))
-      parts.push(svg("text", { x: LEFT + this.inner / 2, y: HEIGHT / 2, "text-anchor": "middle" }, "Nothing yet"));
+      parts.push(svg("text", { x: LEFT + this.inner / 2, y: HEIGHT / 2 - 16, "text-anchor": "middle" }, "Nothing yet"));
     return parts;
   }
 

@@ -69,9 +69,12 @@ export const time = (unix) => clock.format(new Date(1000 * unix));
 /** Seconds as [number, unit]. */
 export function span(seconds) {
   if (seconds == null) return [NONE, ""];
+  if (seconds === 0) return ["0", "s"];
   if (seconds < 0.9995) return [formats[seconds < 0.00995 ? 1 : 0].format(1000 * seconds), "ms"];
   if (seconds < 120) return [formats[seconds < 9.995 ? 2 : 1].format(seconds), "s"];
   if (seconds < 7200) return [formats[1].format(seconds / 60), "min"];
   return [formats[1].format(seconds / 3600), "h"];
 }
+/** How long something has been going on: whole seconds, then minutes and hours. */
+export const age = (seconds) => (seconds < 120 ? `${formats[0].format(seconds)} s` : duration(seconds));
 export const duration = (seconds) => span(seconds).join(" ").trim();

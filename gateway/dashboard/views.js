@@ -1,6 +1,6 @@
 // The tiles and tables.
 
-import { $, compact, count, decimal, duration, h, keyed, mark, NONE, percent, say, span, time } from "./dom.js";
+import { $, age, compact, count, decimal, duration, h, keyed, mark, NONE, percent, say, span, time } from "./dom.js";
 
 export const TIERS = ["device", "host", "disk", "shared"];
 const TERMS = ["queue", "transfer", "compute", "interference"];
@@ -17,7 +17,7 @@ function tile(name, text, unit = "") {
 
 export function tiles(now) {
   tile("rate", decimal(now.requests_per_second), "/s");
-  tile("rate-more", `${compact(now.requests)} in ${duration(now.uptime_seconds)}`);
+  tile("rate-more", `${compact(now.requests)} in ${age(now.uptime_seconds)}`);
   for (const kind of ["hit", "miss"]) {
     const [p50, p95] = now[`ttft_${kind}`] ?? [null, null];
     tile(`${kind}50`, ...span(p50));
@@ -28,7 +28,7 @@ export function tiles(now) {
   tile("hits-more", `15 min: ${percent(now.hit_rate_long)}${told}`);
   const saved = (seconds) => span(Math.max(0, seconds));
   tile("saved", ...saved(now.saved_seconds));
-  tile("saved-more", `since start · 15 min: ${saved(now.saved_seconds_long).join(" ")}`);
+  tile("saved-more", `15 min: ${saved(now.saved_seconds_long).join(" ")}`);
   tile("errors", decimal(now.errors_per_minute), "/min");
   tile("errors-more", `refused (4xx): ${decimal(now.refused_per_minute)}/min`);
   mark($('[data-tile="errors"]'), "class", now.errors_per_minute > 0 ? "alarm" : null);
@@ -102,6 +102,7 @@ export function workers(state, order) {
   if (state.workers_left_out) notes.push(`${state.workers_left_out} more not shown`);
   if (state.removed.length) notes.push(`removed: ${state.removed.slice(0, 5).join(", ")}`);
   say($("#workers-note"), notes.join(" · "));
+  document.title = none ? "Cairn" : `Cairn · ${ready} of ${state.workers.length} ready`;
 }
 
 // -- requests --------------------------------------------------------------------------------------
@@ -162,8 +163,11 @@ export function receipt(found) {
 function because(found) {
   const blind = { policy: "the policy does not look at the cache", index_down: "the index did not answer", no_index: "there is no index",
     no_scheme: "no worker names chunks as we do", no_keys: "the prompt has no chunk keys", stale: "the index is not believed" }[found.blind];
-  const reason = { hit: "it holds part of the prompt, and was cheapest", cold: "nobody worth going to holds any of it; it was cheapest" }[found.reason];
-  return blind ?? reason ?? found.reason.replaceAll("_", " ");
+  if (blind) return blind;
+  const reason = { hit: "it holds part of the prompt", cold: "nobody worth going to holds any of it" }[found.reason] ?? found.reason.replaceAll("_", " ");
+  const [chosen] = found.workers;
+  const cheapest = found.workers.every((worker) => worker.total_ms >= chosen.total_ms);
+  return `${reason}, and it was ${cheapest ? "cheapest" : "nearly cheapest: open requests, and who waits behind, count too"}`;
 }
 
 function receiptRows(worker, found, most) {
