@@ -25,6 +25,7 @@ from router.worker import Worker
 log = logging.getLogger(__name__)
 
 FAULTS_IN_A_ROW = 5
+FAULTS = frozenset((500, 502, 503, 504))  # not 501: what the worker cannot do, the client should not ask for
 WINDOW = 20  # outcomes remembered of a worker that had a fault
 ENOUGH = 10  # of them, before their share says anything
 FAULTY = 0.5
@@ -45,7 +46,7 @@ class Trial:
     def first_byte(self, status: int) -> None:
         self.spoke = True
         self._health.heard(self.worker.id)
-        self._health._outcome(self, fault=status >= 500)
+        self._health._outcome(self, fault=status in FAULTS)
 
     def failed(self, error: Upstream) -> None:
         """A silence in mid-answer says nothing: it may be the client that does not read."""

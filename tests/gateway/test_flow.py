@@ -247,18 +247,21 @@ def test_generated_tokens_are_charged_when_they_are_known() -> None:
     run(test)
 
 
-def test_a_tenant_that_was_away_has_saved_up_nothing() -> None:
+@pytest.mark.parametrize("earlier", [0, 2], ids=["new", "known"])
+def test_a_tenant_that_was_away_has_saved_up_nothing(earlier: int) -> None:
     async def test() -> None:
         house = House()
         await house.ask("first")
-        for i in range(40):
+        for i in range(60):
             await house.ask(f"a{i}", A)
-        await house.end("first")
-        for i in range(20):
-            await house.end(f"a{i}")
+        for i in range(earlier):
+            await house.ask(f"early{i}", B)
+        for _ in range(20 + earlier):
+            await house.end(house.order[-1])
+        assert house.turns.depth == 40
         for i in range(20):
             await house.ask(f"b{i}", B)
-        after = Counter(name[0] for name in (await house.drain())[:20])
+        after = Counter(name[0] for name in (await house.drain())[:21])
         assert abs(after["a"] - after["b"]) <= 4
 
     run(test)

@@ -64,7 +64,7 @@ def test_faults_in_a_row_take_a_worker_out_whatever_they_are() -> None:
 def test_5xx_answers_are_faults_and_4xx_are_the_clients_own() -> None:
     house = House()
     for _ in range(50):
-        for status in (400, 401, 404, 413, 422, 429):
+        for status in (400, 401, 404, 413, 422, 429, 501):
             house.fine(status=status)
     assert house.state == "closed"
     for _ in range(FAULTS_IN_A_ROW):
