@@ -46,7 +46,10 @@ class Prompts:
         if exchange.upload is None:
             return self.read_body(exchange.body, exchange.endpoint)
         asked = Asked(model=exchange.upload.model)
-        model = self._served(asked)
+        try:
+            model = self._served(asked)
+        except BadRequest as exc:
+            raise BadRequest("Send the `model` field, and before the file.", "model") from exc
         exchange.upload.decide(model)
         return asked, model, b""
 
