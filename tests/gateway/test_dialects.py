@@ -1,4 +1,4 @@
-"""Which bodies of /v1/messages and /v1/responses are chats we can foretell; tests/engine compares with vLLM."""
+"""Which bodies of /v1/messages and /v1/responses are chats we foretell; tests/engine compares with vLLM."""
 
 import json
 from typing import Any
