@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Route
 
 from cacheengine.index_orders import Orders
 from cacheengine.index_reader import Fleet, IndexReader
@@ -31,7 +32,7 @@ from gateway.metrics import Metrics
 from gateway.openapi import document
 from gateway.prompts import Prompts
 from gateway.pulse import Pulse
-from gateway.routes import openai, operations, relayed, relayed_others
+from gateway.routes import Shortcut, openai, operations, relayed, relayed_others
 from gateway.tracing import NO_TRACER, Tracer
 from gateway.watch import Watch
 from gateway.wire import KEEPALIVE_SECONDS, Transport, Wire
@@ -89,21 +90,24 @@ def create_app(
             yield
 
     app = FastAPI(title="Cairn", lifespan=lifespan, redirect_slashes=False)
-    app.router.routes.extend(relayed(dispatcher))
+    app.router.routes.extend(table := relayed(dispatcher))
     app.include_router(openai(router, config.alias_map(), started=int(time.time())))
     app.include_router(operations(router, health, metrics))
     app.include_router(admin(router, dispatcher, health, config.max_body_bytes))
     app.include_router(dashboard(View(router, health, dispatcher, turns, pulse)))
     app.router.routes.append(relayed_others(dispatcher))
     document(app)
-    return _enveloped(app, config)
+    return _finished(app, config, table)
 
 
-def _enveloped(app: FastAPI, config: GatewayConfig) -> FastAPI:
+def _finished(app: FastAPI, config: GatewayConfig, table: Sequence[Route]) -> FastAPI:
+    """Refuses politely; what is relayed goes past the framework."""
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _bad_parameter)
     app.add_exception_handler(Exception, _our_fault)
-    app.middleware_stack = Envelope(app.build_middleware_stack(), config.cors_origins)
+    direct = {route.path: route.endpoint for route in table}
+    past = Shortcut(app.build_middleware_stack(), direct)
+    app.middleware_stack = Envelope(past, config.cors_origins)
     return app
 
 

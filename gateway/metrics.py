@@ -8,9 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+import prometheus_client
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
 from gateway.exchange import Exchange
 from gateway.health import STATES as HEALTH_STATES
@@ -22,6 +23,20 @@ _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.2, 0.5, 1.0
 _LAG = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 _LAG_EVERY = 0.25  # seconds between two looks at the loop
 _TTFT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class Counter(prometheus_client.Counter):
+    """labels() without its checks for labels that were seen before; remove() forgets them as ever."""
+
+    def labels(self, *values: str) -> Self:  # type: ignore[override]
+        return self._metrics.get(values) or super().labels(*values)  # type: ignore[return-value]
+
+
+class Histogram(prometheus_client.Histogram):
+    """The same for a histogram."""
+
+    def labels(self, *values: str) -> Self:  # type: ignore[override]
+        return self._metrics.get(values) or super().labels(*values)  # type: ignore[return-value]
 
 
 class Metrics:

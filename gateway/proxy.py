@@ -141,18 +141,27 @@ class Client:
 
         Servers only report a hang-up to whoever is waiting in receive(), so somebody has to be, also while
         a worker is silent."""
-        task = asyncio.create_task(work)
+        task, over, left = asyncio.current_task(), False, False
+        assert task is not None
+
+        def heard(ears: asyncio.Task[None]) -> None:
+            nonlocal left
+            if not over and not self.finished:
+                left = True
+                task.cancel()
+
         ears = asyncio.create_task(self._hung_up())
+        ears.add_done_callback(heard)
         try:
-            await asyncio.wait((task, ears), return_when=asyncio.FIRST_COMPLETED)
-            if task.done() or self.finished:
-                await task
-                return True
-            return False
+            await work
+        except asyncio.CancelledError:
+            if left and not task.uncancel():
+                return False
+            raise
         finally:
-            for each in (task, ears):
-                each.cancel()
-            await asyncio.gather(task, ears, return_exceptions=True)
+            over = True
+            ears.cancel()
+        return True
 
     async def _hung_up(self) -> None:
         if self.upload is not None:
@@ -244,13 +253,19 @@ async def relay(answer: Answer, client: Client, extra: Headers) -> None:
         return
     await client.start(answer.status, [*answer.headers, *extra])
     held, chunk = b"", answer.first
+    until = 0.0
     while chunk:
-        answer.tail = (answer.tail + chunk)[-TAIL_BYTES:]
+        answer.tail = chunk[-TAIL_BYTES:] if len(chunk) >= TAIL_BYTES else (answer.tail + chunk)[-TAIL_BYTES:]
+        if answer.rest.over:
+            held += chunk
+            break
         if client.streams:
             chunk, held = whole_events(held + chunk)
         if chunk:
             await client.write(chunk)
-        answer.timer.reschedule(loop.time() + answer.idle)
+        if (now := loop.time()) > until:  # not for every chunk: a silence may last an eighth longer
+            until = now + answer.idle / 8
+            answer.timer.reschedule(until + answer.idle)
         chunk = await answer.rest.read()
     await client.finish(held)
 

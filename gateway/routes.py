@@ -7,8 +7,8 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.routing import BaseRoute, Route
-from starlette.types import Receive, Scope, Send
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.dispatch import Dispatcher
 from gateway.endpoints import ENDPOINTS, Endpoint, known, other
@@ -43,7 +43,21 @@ class RelayOther:
         await self._dispatcher.serve(Client(scope, receive, send), endpoint, scope["path"])
 
 
-def relayed(dispatcher: Dispatcher) -> list[BaseRoute]:
+class Shortcut:
+    """An application in which POSTs to some paths do not go through the framework's middleware and routing:
+    their endpoints answer for every error themselves."""
+
+    def __init__(self, rest: ASGIApp, direct: Mapping[str, ASGIApp]) -> None:
+        self._rest, self._direct = rest, direct
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            await self._direct.get(scope["path"], self._rest)(scope, receive, send)
+        else:
+            await self._rest(scope, receive, send)
+
+
+def relayed(dispatcher: Dispatcher) -> list[Route]:
     """The paths of the table."""
     return [
         Route(path, Relay(dispatcher, endpoint), methods=["POST"], name=path, include_in_schema=False)
@@ -51,7 +65,7 @@ def relayed(dispatcher: Dispatcher) -> list[BaseRoute]:
     ]
 
 
-def relayed_others(dispatcher: Dispatcher) -> BaseRoute:
+def relayed_others(dispatcher: Dispatcher) -> Route:
     """Everything else below /v1.  REQUIRES: the last route."""
     return Route("/v1/{rest:path}", RelayOther(dispatcher), include_in_schema=False)
 

@@ -23,6 +23,7 @@ KEEPALIVE_SECONDS = (
 )
 _MAX_UNREAD_BYTES = 256 << 10  # of an answer, before the worker is made to wait
 _MAX_HEAD_BYTES = 64 << 10
+_ONE_WRITE_BYTES = 16 << 10  # a longer body is not copied to go with its head
 _UNFIT = re.compile(rb"[\x00-\x20\x7f]")  # in a request target
 _WITH_BODY = frozenset((b"POST", b"PUT", b"PATCH"))
 
@@ -63,6 +64,11 @@ class Reply(Protocol):
 
     status: int
     headers: Headers  # names in lower case, in order, repeated ones too
+
+    @property
+    def over(self) -> bool:
+        """Nothing comes after what was read."""
+        ...
 
     async def read(self) -> bytes:
         """The next bytes of the body, b"" at its end.  What is not read makes the worker wait.  Raises
@@ -194,6 +200,10 @@ class _Line(asyncio.Protocol):
         self._again = False  # the connection may carry another exchange
         self._error: Exception | None = None
 
+    @property
+    def over(self) -> bool:
+        return self._done and not self._parts
+
     # -- our side ------------------------------------------------------------------------------------------
 
     def usable(self) -> bool:
@@ -204,11 +214,14 @@ class _Line(asyncio.Protocol):
         self._head_bytes = 0
         self._headed = self._done = self._framed = self._again = False
         self._asked = True
-        self._transport.write(head)
         if isinstance(question.body, bytes):
-            if question.body:
+            if len(question.body) <= _ONE_WRITE_BYTES:
+                self._transport.write(head + question.body)
+            else:
+                self._transport.write(head)
                 self._transport.write(question.body)
         else:
+            self._transport.write(head)
             self._sender = self._loop.create_task(self._upload(question.body, question.length))
             self._sender.add_done_callback(self._uploaded)
 

@@ -25,15 +25,15 @@ class HttpxReply:
         self._response = response
         assert isinstance(response.stream, httpx.AsyncByteStream)
         self._rest: AsyncIterator[bytes] = aiter(response.stream)
-        self._over = False
+        self.over = False
 
     async def read(self) -> bytes:
-        if self._over:
+        if self.over:
             return b""
         try:
             part = await anext(self._rest, b"")
             if not part:
-                self._over = True
+                self.over = True
                 await self._response.aclose()
         except httpx.TransportError as exc:
             raise Broken(exc) from exc
@@ -69,6 +69,10 @@ class AiohttpReply:
         self.status = response.status
         self.headers: Headers = [(name.lower(), value) for name, value in response.raw_headers]
         self._response = response
+
+    @property
+    def over(self) -> bool:
+        return self._response.content.at_eof()
 
     async def read(self) -> bytes:
         return await self._response.content.readany()

@@ -137,7 +137,7 @@ def cost(prompt: int, candidate: Candidate, rate: float) -> Choice:
     moved = loaded = 0.0
     best, best_stop = prompt / rate, 0
     best_moved = 0.0
-    for stop, tier in enumerate(TIERS, 1):
+    for stop, tier in enumerate(TIERS if any(candidate.hit) else (), 1):
         tokens = min(candidate.hit[stop - 1], prompt - loaded)
         loaded += tokens
         if tier != "device":
@@ -146,7 +146,11 @@ def cost(prompt: int, candidate: Candidate, rate: float) -> Choice:
         seconds = moved + (prompt - loaded) / rate
         if tokens and seconds <= best:
             best, best_stop, best_moved = seconds, stop, moved
-    hit = Hit(*(tokens if i < best_stop else 0 for i, tokens in enumerate(candidate.hit)))
+    hit = (
+        NO_HIT
+        if not best_stop
+        else Hit(*(tokens if i < best_stop else 0 for i, tokens in enumerate(candidate.hit)))
+    )
     terms = {
         # what is under way is half done on average; so equal prompts meet instead of computing twice
         "queue": max(0.0, candidate.queued_tokens - candidate.pending_tokens / 2) / rate,

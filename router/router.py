@@ -142,7 +142,8 @@ class Router:
         known = self.registry.find(worker.id)
         if known is None or known.boot_id != worker.boot_id:
             return  # it left meanwhile, or is another process now
-        local, shared = _loadable(worker, placement.claimed, prompt_tokens)
+        claimed = any(placement.claimed)
+        local, shared = _loadable(worker, placement.claimed, prompt_tokens) if claimed else (0, 0)
         self.trust.heard(worker, "local", local, cached_tokens)
         if cached_tokens >= local:  # or the shared part was out of reach
             self.trust.heard(worker, "shared", shared, cached_tokens - local)
