@@ -8,7 +8,7 @@ const EVERY = 2000, PATIENCE = 8000, STALE_AFTER = 6000; // milliseconds
 const TOKEN = "cairn-admin-token", THEME = "cairn-theme";
 
 const series = { life: "", next: 0, columns: {}, step: 5, steps: 180 };
-let state = null, heard = 0, chosen = null, opener = null, paused = false, timer = 0, states = new Map();
+let state = null, heard = 0, chosen = null, opener = null, paused = false, timer = 0, asking = false, polls = 0, usage = [], states = new Map();
 
 class Refused extends Error {}
 
@@ -27,18 +27,34 @@ async function ask(path, method = "GET") {
 
 async function poll() {
   clearTimeout(timer);
-  if (paused || document.hidden || $("#ask-token").open) return;
+  if (asking || paused || document.hidden || $("#ask-token").open) return;
+  asking = true;
+  let news = null;
   try {
-    const life = series.life;
-    state = await ask(`admin/state?since=${series.next}&life=${life}`);
-    heard = Date.now();
-    append(state);
-    show();
+    news = await ask(`admin/state?since=${series.next}&life=${series.life}`);
+    if (polls++ % 5 === 0) usage = await tenants();
   } catch (error) {
     if (error instanceof Refused) return askToken();
+  } finally {
+    asking = false;
+  }
+  timer = setTimeout(poll, EVERY);
+  if (news) {
+    [state, heard] = [news, Date.now()];
+    append(state);
+    show();
   }
   freshness();
-  timer = setTimeout(poll, EVERY);
+}
+
+/** Asked for every fifth time: usage is slow news.  A gateway that cannot say has none. */
+async function tenants() {
+  try {
+    return (await ask("admin/tenants")).tenants;
+  } catch (error) {
+    if (error instanceof Refused) throw error;
+    return [];
+  }
 }
 
 function append({ life, series: news }) {
@@ -54,7 +70,7 @@ function show() {
   views.requests(state, chosen, choose);
   views.heat(state);
   views.errors(state);
-  views.tenants(state.tenants);
+  views.tenants(usage);
   drawCharts();
   announce();
   say($("#about"), `policy ${state.policy}`);

@@ -261,12 +261,23 @@ export function errors(state) {
 
 const of = (used, limit) => (limit ? `${compact(used)} of ${compact(limit)}` : compact(used));
 
+/** What the limited keys of a tenant have used in this minute, of what they may. */
+function minute(row, limit, left) {
+  const keys = row.keys.filter((key) => key[limit]);
+  if (!keys.length) return "no limit";
+  const sum = (value) => keys.reduce((total, key) => total + value(key), 0);
+  return of(sum((key) => Math.max(0, key[limit] - (key[left] ?? key[limit]))), sum((key) => key[limit]));
+}
+
 export function tenants(rows) {
-  $("#tenants-section").hidden = !rows?.length;
-  keyed($("#tenants tbody"), rows ?? [], (row) => row.tenant,
-    (row) => h("tr", {}, h("th", { scope: "row", class: "name" }, row.tenant), ...[0, 1, 2, 3].map(() => h("td", { class: "n" }))),
+  $("#tenants-section").hidden = !rows.length;
+  keyed($("#tenants tbody"), rows, (row) => row.tenant,
+    (row) => h("tr", {}, h("th", { scope: "row", class: "name" }, row.tenant), ...Array.from({ length: 7 }, () => h("td", { class: "n" }))),
     (node, row) => {
-      const used = [of(row.rpm_used, row.rpm), of(row.tpm_used, row.tpm), of(row.open, row.concurrency), of(row.month_used, row.month)];
-      used.forEach((text, i) => say(node.children[i + 1], text));
+      const refused = Object.values(row.refused).reduce((total, n) => total + n, 0);
+      const month = Math.max(0, ...row.keys.map((key) => key.tokens_per_month));
+      const cells = [compact(row.requests), compact(row.prompt_tokens + row.completion_tokens), compact(refused), count(row.inflight),
+        minute(row, "rpm", "requests_left"), minute(row, "tpm", "tokens_left"), of(row.month_tokens, month)];
+      cells.forEach((text, i) => say(node.children[i + 1], text));
     });
 }

@@ -266,6 +266,30 @@ def the_receipt_is_a_sheet_that_closes(page: Page) -> None:
     expect(page.locator("#receipt")).to_be_hidden()
 
 
+TENANT = {
+    "tenant": "team-a", "requests": 12, "prompt_tokens": 9000, "completion_tokens": 1000,
+    "refused": {"rpm": 3}, "inflight": 2, "month_tokens": 10_000, "keys": [
+        {"rpm": 60, "tpm": 0, "tokens_per_month": 50_000, "requests_left": 48, "tokens_left": None},
+        {"rpm": 0, "tpm": 0, "tokens_per_month": 0, "requests_left": None, "tokens_left": None},
+    ],
+}  # fmt: skip
+
+
+def test_tenants_are_shown_with_what_they_used_of_their_limits(
+    idle: tuple[str, FakeVLLM], opened: Open
+) -> None:
+    def usage(page: Page) -> None:
+        page.route("**/admin/tenants", lambda route: route.fulfill(json={"tenants": [TENANT]}))
+
+    page = live(opened(idle[0], before=usage))
+    row = page.get_by_role("row", name="team-a")
+    expect(row.get_by_role("cell")).to_have_text(
+        ["12", "10K", "3", "2", "12 of 60", "no limit", "10K of 50K"], timeout=SECONDS
+    )
+    accessible(page)
+    picture(page, "tenants")
+
+
 def poisoned(value: Any) -> Any:
     """The same document with every text, names of dictionaries apart, followed by a script."""
     if isinstance(value, dict):
@@ -276,14 +300,15 @@ def poisoned(value: Any) -> Any:
 
 
 def test_no_name_is_ever_markup(busy: tuple[str, list[Worker]], opened: Open) -> None:
-    def poison(route: Route) -> None:
+    def poison(route: Route) -> object:
+        if route.request.url.endswith("/admin/tenants"):
+            return route.fulfill(json={"tenants": [{**TENANT, "tenant": HOSTILE}]})
         document = poisoned(route.fetch().json())
-        document["tenants"] = [{"tenant": HOSTILE, "requests": 1, "keys": []}]
         document["errors"] = [{"kind": HOSTILE, "count": 1, "last_at": 1.0}]
         document["removed"] = [HOSTILE]
         for worker in document["workers"]:
             worker["adapters"] = [HOSTILE]
-        route.fulfill(body=json.dumps(document), content_type="application/json")
+        return route.fulfill(body=json.dumps(document), content_type="application/json")
 
     page = opened(busy[0], before=lambda page: page.route("**/admin/**", poison))
     expect(page.locator("#workers tbody tr")).to_have_count(3)
