@@ -162,15 +162,17 @@ def endpoints(app: FastAPI) -> list[str]:
     return sorted(found)
 
 
-def is_a_refusal(path: str, reply: Reply) -> bool:
-    """A 4xx in the shape that the path's own clients parse."""
-    if not 400 <= reply.status < 500 or reply.headers.get(b"content-type") != b"application/json":
-        return False
-    answer = json.loads(reply.body)
+def well_said(path: str, answer: Any) -> bool:
+    """A refusal in the shape that the path's own clients parse."""
     error = answer["error"]
     if path.startswith("/v1/messages"):
         return answer["type"] == "error" and {"type", "message"} <= set(error) and bool(error["message"])
     return set(error) == {"message", "type", "param", "code"} and bool(error["message"])
+
+
+def is_a_refusal(path: str, reply: Reply) -> bool:
+    json_ = reply.headers.get(b"content-type") == b"application/json"
+    return 400 <= reply.status < 500 and json_ and well_said(path, json.loads(reply.body))
 
 
 def what_python_reads(body: bytes) -> Any:
