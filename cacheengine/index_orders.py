@@ -34,9 +34,10 @@ _SWEEP = (Path(__file__).parent / "index_sweep.lua").read_text()
 
 
 class Orders:
-    """REQUIRES: used from one event loop."""
+    """REQUIRES: used from one event loop.  `name`: another HASH that is kept in the same way."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, name: str = ORDERS) -> None:
+        self._name = name
         self._client = async_client(
             url,
             socket_timeout=ORDERS_SECONDS,
@@ -48,6 +49,15 @@ class Orders:
         )
         self._last: dict[str, str] = {}
 
+    async def changed(self) -> bool:
+        """Whether anything was said since the last read(): cheap, where there is much.  Raises IndexDown."""
+        try:
+            async with asyncio.timeout(2 * ORDERS_SECONDS):
+                said = await cast(Any, self._client.hget(self._name, VERSION))
+        except (*DOWN, OSError) as exc:
+            raise IndexDown(f"{self._name}: {exc}") from exc
+        return _version({VERSION: said or ""}) != _version(self._last)
+
     async def read(self) -> Mapping[str, str]:
         """Worker id → order.  Raises IndexDown."""
         try:
@@ -55,10 +65,10 @@ class Orders:
                 held = await self._held()
                 if _version(held) < (last := _version(self._last)):
                     flat = [part for item in self._last.items() for part in item]
-                    await cast(Any, self._client.eval(_TELL_AGAIN, 1, ORDERS, str(last), *flat))
+                    await cast(Any, self._client.eval(_TELL_AGAIN, 1, self._name, str(last), *flat))
                     held = await self._held()
         except (*DOWN, OSError) as exc:
-            raise IndexDown(f"orders: {exc}") from exc
+            raise IndexDown(f"{self._name}: {exc}") from exc
         self._last = held
         return {field: order for field, order in held.items() if not field.startswith("@")}
 
@@ -71,14 +81,14 @@ class Orders:
                 async with self._client.pipeline(transaction=False) as pipe:
                     pipe.hdel(ORDERS, f"@missed:{worker_id}")
                     if order:
-                        pipe.hset(ORDERS, worker_id, order)
+                        pipe.hset(self._name, worker_id, order)
                     else:
-                        pipe.hdel(ORDERS, worker_id)
-                    pipe.hincrby(ORDERS, VERSION, 1)
-                    pipe.hgetall(ORDERS)
+                        pipe.hdel(self._name, worker_id)
+                    pipe.hincrby(self._name, VERSION, 1)
+                    pipe.hgetall(self._name)
                     self._last = (await pipe.execute())[-1]
         except (*DOWN, OSError) as exc:
-            raise IndexDown(f"orders: {exc}") from exc
+            raise IndexDown(f"{self._name}: {exc}") from exc
 
     async def sweep(self, seen: Collection[str]) -> list[str]:
         """`seen`: ids of all workers that this gateway knows of now.  Returns those whose orders were
@@ -95,7 +105,7 @@ class Orders:
         await self._client.aclose()
 
     async def _held(self) -> dict[str, str]:
-        return cast(dict[str, str], await self._client.hgetall(ORDERS))
+        return cast(dict[str, str], await self._client.hgetall(self._name))
 
 
 def _version(held: Mapping[str, str]) -> int:

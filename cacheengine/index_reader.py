@@ -99,7 +99,7 @@ class IndexReader:
         packed = b"".join(keys[:MAX_LOOKUP_KEYS])
         asked = asyncio.ensure_future(self._evaluate(node, name, packed))
         try:
-            flat = await _within(asked, self._deadline)
+            flat = await within(asked, self._deadline)
         except TimeoutError:
             node.missed()
             raise IndexDown(f"no answer from the chunk index in {self._deadline * 1000:g} ms") from None
@@ -143,7 +143,7 @@ class IndexReader:
         return holder
 
 
-async def _within(asked: "asyncio.Future[T]", seconds: float) -> T:
+async def within(asked: "asyncio.Future[T]", seconds: float) -> T:
     """Its result, in `seconds` or a little later.  Raises TimeoutError.
 
     A loop that was busy when the time ran out has not looked at its sockets: an answer may lie there.  So it

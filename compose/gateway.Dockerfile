@@ -35,4 +35,4 @@ RUN useradd --uid 10001 --no-create-home cairn && install -d -o cairn -g cairn /
 USER 10001:10001
 WORKDIR /
 ENTRYPOINT ["cairn"]
-CMD ["gateway", "--host", "0.0.0.0"]
+CMD ["gateway", "--host", "0.0.0.0", "--admin-port", "8100"]

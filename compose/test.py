@@ -89,6 +89,11 @@ class Stack:
         with self._open(self.url + path, timeout=30) as reply:
             return json.load(reply)
 
+    def status(self) -> list[dict[str, Any]]:
+        """What the gateway's admin pages say, which only its own container can reach."""
+        asked = ("exec", "-T", "gateway", "cairn", "status", "--json", "--url", "http://127.0.0.1:8100")
+        return list(json.loads(self.output(*asked)))
+
     def ask(self, body: dict[str, Any]) -> tuple[bytes, str]:
         """Answer to a chat request, and the worker it came from."""
         request = urllib.request.Request(
@@ -195,7 +200,7 @@ def check(stack: Stack) -> None:
     """Raises Broken, or OSError when nobody answers."""
     models = [entry["id"] for entry in stack.get("/v1/models")["data"]]
     expect("one model is served", len(models) == 1, models)
-    workers = [row["id"] for row in stack.get("/admin/workers")["workers"] if row["state"] == "ready"]
+    workers = [row["id"] for row in stack.status() if row["state"] == "ready"]
     expect("two workers are ready", workers == ["worker1", "worker2"], workers)
     expect("no password in any argv", stack.password not in stack.output("top"))
     request = chat(models[0])

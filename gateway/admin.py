@@ -3,20 +3,31 @@
 from itertools import islice
 from typing import Any, Literal
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import Response
+from pydantic import SecretStr
 
 from cacheengine.errors import IndexDown
+from gateway.admin_door import guard
 from gateway.dispatch import SESSION, Dispatcher
 from gateway.errors import BodyTooLarge, GatewayError
 from gateway.health import Health
+from gateway.tenants import Door
 from router.registry import UnknownWorker
 from router.router import DECISIONS, Router
 
 
-def admin(router: Router, dispatcher: Dispatcher, health: Health, max_body_bytes: int) -> APIRouter:
+def admin(
+    router: Router,
+    dispatcher: Dispatcher,
+    health: Health,
+    door: Door,
+    max_body_bytes: int,
+    token: SecretStr,
+) -> APIRouter:
     """/admin/*; `cairn status` reads /admin/workers."""
-    api = APIRouter(prefix="/admin", tags=["admin"])
+    api = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(guard(token))])
+    _tenants(api, door)
 
     @api.get("/workers")
     async def workers() -> dict[str, Any]:
@@ -69,6 +80,13 @@ def admin(router: Router, dispatcher: Dispatcher, health: Health, max_body_bytes
 def worker_rows(router: Router, health: Health) -> list[dict[str, Any]]:
     """Every known worker, with this gateway's open requests on it and how far the index is believed."""
     return [_row(router, health, row) for row in router.registry.describe()]
+
+
+def _tenants(api: APIRouter, door: Door) -> None:
+    @api.get("/tenants")
+    async def tenants() -> dict[str, Any]:
+        """What each tenant has used of this process since its start, and of the month everywhere."""
+        return {"shared": door.shared, "tenants": door.usage()}
 
 
 def _row(router: Router, health: Health, row: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from cacheengine.index_orders import Orders
 from cacheengine.index_reader import Fleet, IndexReader
 from gateway.admin import admin
+from gateway.admin_door import listening
 from gateway.attempts import Attempts
 from gateway.config import GatewayConfig
 from gateway.dashboard_view import View, dashboard
@@ -27,12 +28,15 @@ from gateway.errors import ANTHROPIC, OPENAI, GatewayError, error_body
 from gateway.flow import Turns
 from gateway.handshake import Handshake
 from gateway.health import Health
+from gateway.keyring import FileKeys, Keyring, RedisKeys
+from gateway.limits import Limits
 from gateway.logs import request_line
 from gateway.metrics import Metrics
 from gateway.openapi import document
 from gateway.prompts import Prompts
 from gateway.pulse import Pulse
 from gateway.routes import Shortcut, openai, operations, relayed, relayed_others
+from gateway.tenants import Door, Everybody, Tenants
 from gateway.tracing import NO_TRACER, Tracer
 from gateway.watch import Watch
 from gateway.wire import KEEPALIVE_SECONDS, Transport, Wire
@@ -67,9 +71,10 @@ def create_app(
     attempts = Attempts(config, router, carrier, health, metrics)
     watch = Watch(registry, board, health, Probe(http), config.wedge_seconds)
     turns = _turns(config, registry, metrics)
-    pulse = Pulse()
-    ended = [metrics.ended, pulse.ended, tracer.ended, *([request_line] if config.log_requests else [])]
-    dispatcher = Dispatcher(config, router, prompts, turns, attempts, metrics, tracer, ended)
+    pulse, door = Pulse(), _door(config, metrics)
+    log_line = [request_line] if config.log_requests else []
+    ended = [door.ended, metrics.ended, pulse.ended, tracer.ended, *log_line]
+    dispatcher = Dispatcher(config, router, prompts, turns, attempts, door, metrics, tracer, ended)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -78,33 +83,51 @@ def create_app(
             opened.callback(pool.shutdown, wait=False, cancel_futures=True)
             opened.push_async_callback(carrier.aclose)
             await opened.enter_async_context(http)
-            if fleet is not None and orders is not None:
-                opened.push_async_callback(fleet.close)
-                opened.push_async_callback(orders.close)
+            opened.push_async_callback(_closed, fleet, orders, door)
             if index is not None:
                 opened.push_async_callback(index.close)
                 await _open(index)
+            await door.open()
             await registry.refresh()
-            for running in (registry.run(), handshake.run(), watch.run(), metrics.watch_loop()):
-                opened.push_async_callback(_stopped, asyncio.create_task(running))
+            for run in (registry.run, handshake.run, watch.run, metrics.watch_loop, *door.running()):
+                opened.push_async_callback(_stopped, asyncio.create_task(run()))
+            if pages is not app:
+                await opened.enter_async_context(listening(pages, config))
             yield
 
     app = FastAPI(title="Cairn", lifespan=lifespan, redirect_slashes=False)
+    pages = _pages(app, config)
     app.router.routes.extend(table := relayed(dispatcher))
-    app.include_router(openai(router, config.alias_map(), started=int(time.time())))
+    app.include_router(openai(router, door, config.alias_map(), started=int(time.time())))
     app.include_router(operations(router, health, metrics))
-    app.include_router(admin(router, dispatcher, health, config.max_body_bytes))
-    app.include_router(dashboard(View(router, health, dispatcher, turns, pulse)))
+    pages.include_router(admin(router, dispatcher, health, door, config.max_body_bytes, config.admin_token))
+    pages.include_router(dashboard(View(router, health, dispatcher, turns, pulse), config.admin_token))
+    if pages is not app:
+        pages.include_router(operations(router, health, metrics))
     app.router.routes.append(relayed_others(dispatcher))
     document(app)
     return _finished(app, config, table)
 
 
-def _finished(app: FastAPI, config: GatewayConfig, table: Sequence[Route]) -> FastAPI:
-    """Refuses politely; what is relayed goes past the framework."""
+def _pages(app: FastAPI, config: GatewayConfig) -> FastAPI:
+    """What operators see: part of the application, or one beside it with a port of its own."""
+    if not config.admin_port:
+        return app
+    pages = FastAPI(title="Cairn, for operators")
+    _errors(pages)
+    return pages
+
+
+def _errors(app: FastAPI) -> None:
+    app.add_exception_handler(GatewayError, _refused)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _bad_parameter)
     app.add_exception_handler(Exception, _our_fault)
+
+
+def _finished(app: FastAPI, config: GatewayConfig, table: Sequence[Route]) -> FastAPI:
+    """Refuses politely; what is relayed goes past the framework."""
+    _errors(app)
     direct = {route.path: route.endpoint for route in table}
     past = Shortcut(app.build_middleware_stack(), direct)
     app.middleware_stack = Envelope(past, config.cors_origins)
@@ -159,6 +182,13 @@ def _turns(config: GatewayConfig, registry: Registry, metrics: Metrics) -> Turns
     return turns
 
 
+def _door(config: GatewayConfig, metrics: Metrics) -> Door:
+    if config.auth == "off":
+        return Everybody()
+    store = FileKeys(config.keys_file) if config.keys_file else RedisKeys(config.redis_url)
+    return Tenants(Keyring(store), Limits(config.redis_url, config.index_deadline_ms / 1000), metrics)
+
+
 def _registry(
     config: GatewayConfig,
     http: httpx.AsyncClient,
@@ -186,6 +216,12 @@ def _registry(
     )
 
 
+async def _closed(*parts: Fleet | Orders | Door | None) -> None:
+    for part in parts:
+        if part is not None:
+            await part.close()
+
+
 async def _stopped(task: asyncio.Task[None]) -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
@@ -200,6 +236,12 @@ async def _http_error(request: Request, exc: Exception) -> Response:
     refusal.code = "not_found" if exc.status_code == 404 else None
     dialect = ANTHROPIC if request.url.path.startswith("/v1/messages") else OPENAI
     return Response(dialect.body(refusal), exc.status_code, exc.headers, "application/json")
+
+
+async def _refused(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, GatewayError)
+    headers = {name.decode(): value.decode() for name, value in exc.headers()}
+    return Response(exc.body(), exc.status, headers)
 
 
 async def _bad_parameter(request: Request, exc: Exception) -> Response:

@@ -19,6 +19,10 @@ class Asked(msgspec.Struct, frozen=True):
     cache_salt: Any = None
     prompt_cache_key: Any = None
     user: Any = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
+    n: Any = None
 
     @property
     def session(self) -> bytes:
@@ -111,11 +115,16 @@ def read(decoder: msgspec.json.Decoder[A], body: bytes) -> A:
 
 
 def renamed(body: bytes, model: str) -> bytes:
-    """The same request for another model: every other member keeps its bytes.  Raises BadRequest for names of
+    """The same request for another model.  Raises BadRequest as spliced() does."""
+    return spliced(body, model=model)
+
+
+def spliced(body: bytes, **members: str) -> bytes:
+    """The same request with other `members`: every other one keeps its bytes.  Raises BadRequest for names of
     members that read_ask() had no need to read."""
     try:
-        members = _members.decode(body)
+        held = _members.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise BadRequest(f"The request body is not valid JSON: {exc}.") from exc
-    members["model"] = msgspec.Raw(msgspec.json.encode(model))
-    return msgspec.json.encode(members)
+    held |= {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in members.items()}
+    return msgspec.json.encode(held)

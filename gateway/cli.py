@@ -18,6 +18,7 @@ from rich.table import Table
 from cacheengine.config import CONFIG_FILE_ENV
 from gateway import docs
 from gateway.cache_cli import cache_app
+from gateway.keys_cli import keys_app
 from gateway.launch import probe, state, status, worker
 from gateway.launch.board import Board
 from gateway.launch.config import DEFAULT_MODEL, LaunchConfig, load_settings
@@ -36,6 +37,7 @@ app = typer.Typer(
 model_app = typer.Typer(help="Model files.", no_args_is_help=True)
 config_app = typer.Typer(help="Configuration.", no_args_is_help=True)
 app.add_typer(cache_app)  # lookup, inspect, warm, pin, unpin, clear
+app.add_typer(keys_app, name="keys")
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
 
@@ -88,12 +90,13 @@ def gateway(
     config: ConfigFile = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    admin_port: Annotated[int | None, typer.Option(help="Port of the admin pages.")] = None,
 ) -> None:
     """Run the gateway alone, in front of workers that share its Redis (CAIRN_REDIS_URL) or are named to it.
 
     It reads CAIRN_* (CAIRN_REDIS_URL, CAIRN_WORKERS, CAIRN_POLICY …): see docs/config.md.
     """
-    flags = {"config": config, "host": host, "port": port}
+    flags = {"config": config, "host": host, "port": port, "admin_port": admin_port}
     os.execv(sys.executable, [sys.executable, "-m", "gateway.launch.serve", json.dumps(flags)])
 
 
@@ -143,8 +146,8 @@ def show_status(url: GatewayUrl = None, as_json: AsJson = False) -> None:
     """What the workers are doing and what they hold."""
     settings = load_settings()
     stack = state.read(settings.root)
-    target = url or (stack.url if stack else settings.url)
-    rows = status.summary(status.fetch_workers(target))
+    target = url or settings.admin_url or (stack.url if stack else settings.url)
+    rows = status.summary(status.fetch_workers(target, settings.admin_token))
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -160,9 +163,9 @@ def show_doctor(url: GatewayUrl = None, as_json: AsJson = False) -> None:
     """Check versions, compiler, Redis, disk, workers.  Exit code 1 when something cannot work."""
     settings = load_settings()
     stack = state.read(settings.root)
-    target = url or (stack.url if stack else settings.url)
+    target = url or settings.admin_url or (stack.url if stack else settings.url)
     redis_url = settings.redis_url or (stack.redis_url if stack else "")
-    findings = examine(probe.gather(settings.root, target, redis_url, os.environ))
+    findings = examine(probe.gather(settings.root, target, redis_url, os.environ, settings.admin_token))
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:

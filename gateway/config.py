@@ -1,9 +1,18 @@
 """The gateway's knobs.  Loaded like every process's: defaults < file < CAIRN_* environment < flags."""
 
 import re
-from typing import Annotated, Literal
+from ipaddress import ip_address
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, ByteSize, Field, ValidationInfo, field_validator
+from pydantic import (
+    BeforeValidator,
+    ByteSize,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from cacheengine.config import Config, Positive
 from router.policy import POLICIES
@@ -11,6 +20,14 @@ from router.sources import Dns, DnsName, Source, WorkersFile, parse_worker
 from router.worker import StaticWorker
 
 _ALIAS = re.compile(r"([^=]+)=([^=]+)")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _split(value: object) -> object:
@@ -23,10 +40,31 @@ class GatewayConfig(Config):
 
     host: str = Field(
         "127.0.0.1",
-        description="Address to listen on. Leave it alone unless something in front authenticates: "
-        "the admin pages share this port.",
+        description="Address to listen on. Beyond loopback, ask for keys (`auth`), and name an `admin_port`.",
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    auth: Literal["off", "keys"] = Field(
+        "off",
+        description="Whether callers need an API key (`cairn keys create`): with `keys`, limits, allow-lists "
+        "and cache isolation are those of the key. Keys are kept in Redis, or in `keys_file`.",
+    )
+    keys_file: str = Field(
+        "",
+        description="A YAML or JSON file with the records of API keys, digests only, read again whenever it "
+        "changes. Leave it alone with a Redis: limits are then shared by all gateways.",
+    )
+    admin_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Port of the admin pages: on loopback, or with an admin_token on `host`. 0: on `port`, "
+        "which is allowed on loopback only.",
+    )
+    admin_token: SecretStr = Field(
+        SecretStr(""),
+        description="What the admin pages ask for, as `Authorization: Bearer`. Put it in CAIRN_ADMIN_TOKEN, "
+        "not in argv; empty: nothing, which is for loopback.",
+    )
     redis_url: str = Field(
         "",
         description="Redis or Valkey with the fleet registry and the chunk index (redis://, rediss://, "
@@ -178,6 +216,24 @@ class GatewayConfig(Config):
         description="One `info` line for each request when it is over. Turn it off where spans or metrics "
         "suffice and the log is paid by volume.",
     )
+
+    @model_validator(mode="after")
+    def _safe(self) -> Self:
+        if self.auth == "keys" and not (self.redis_url or self.keys_file):
+            raise ValueError("auth=keys needs redis_url, or a keys_file, to find the keys in")
+        if not self.admin_port and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} can be reached from elsewhere, and so could the admin pages: give them an "
+                "admin_port of their own (CAIRN_ADMIN_PORT; it is on loopback unless there is an admin_token)"
+            )
+        if self.admin_port and self.admin_port == self.port:
+            raise ValueError("admin_port and port must differ")
+        return self
+
+    @property
+    def admin_host(self) -> str:
+        """Where the admin pages are, when they have a port of their own."""
+        return self.host if self.admin_token.get_secret_value() else "127.0.0.1"
 
     @field_validator("workers")
     @classmethod

@@ -15,10 +15,12 @@ from typing import Any
 from uuid import uuid4
 
 import msgspec
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter, Depends, HTTPException
 from fastapi.responses import FileResponse, Response
+from pydantic import SecretStr
 
 from gateway.admin import worker_rows
+from gateway.admin_door import guard
 from gateway.dispatch import Dispatcher
 from gateway.flow import Turns
 from gateway.health import Health
@@ -124,9 +126,10 @@ def heat(decisions: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"decisions": total, "prefixes": [_prefix(name, count, latest[name]) for name, count in hot]}
 
 
-def dashboard(view: View) -> APIRouter:
+def dashboard(view: View, token: SecretStr) -> APIRouter:
     """The page, its files, and what it asks for."""
     api = APIRouter(tags=["admin"])
+    guarded = [Depends(guard(token))]
 
     @api.get("/dashboard", include_in_schema=False)
     async def page() -> Response:
@@ -138,13 +141,13 @@ def dashboard(view: View) -> APIRouter:
             raise HTTPException(404, "Not Found")
         return FileResponse(FILES / name, headers=_HEADERS, media_type=_KINDS[name])
 
-    @api.get("/admin/state")
+    @api.get("/admin/state", dependencies=guarded)
     async def state(since: int = 0, life: str = "") -> Response:
         """What /dashboard shows; polled every two seconds."""
         # encoded here: FastAPI would walk through all of it twice more
         return Response(msgspec.json.encode(view.state(since, life)), media_type="application/json")
 
-    @api.get("/admin/decisions/{turn}")
+    @api.get("/admin/decisions/{turn}", dependencies=guarded)
     async def receipt(turn: int) -> dict[str, Any]:
         """One placement with what every worker would have cost."""
         found = view.receipt(turn)

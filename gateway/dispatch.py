@@ -21,6 +21,7 @@ from gateway.flow import Turns
 from gateway.metrics import Metrics
 from gateway.prompts import Prompts
 from gateway.proxy import Client, ClientGone
+from gateway.tenants import Door
 from gateway.tracing import Tracer
 from gateway.upload import Upload
 from router.placement import NoWorker as NobodyReady
@@ -41,6 +42,7 @@ class Dispatcher:
         prompts: Prompts,
         turns: Turns,
         attempts: Attempts,
+        door: Door,
         metrics: Metrics,
         tracer: Tracer,
         ended: Sequence[Callable[[Exchange], None]] = (),
@@ -48,7 +50,7 @@ class Dispatcher:
         """Each of `ended` hears of every request once, when it is over; none may raise or wait."""
         self._config, self._router, self._metrics = config, router, metrics
         self._prompts, self._turns, self._attempts = prompts, turns, attempts
-        self._tracer, self._ended = tracer, ended
+        self._door, self._tracer, self._ended = door, tracer, ended
         self.inflight = 0
         metrics.inflight.set_function(lambda: self.inflight)
 
@@ -59,6 +61,7 @@ class Dispatcher:
         exchange.trace = self._tracer.begin(client, path, exchange.arrived)
         self.inflight += 1
         try:
+            self._door.enter(exchange)
             if self.inflight > self._config.max_inflight:
                 raise Overloaded(self.inflight - 1)
             await self._read(exchange)
@@ -109,6 +112,7 @@ class Dispatcher:
         """Raises GatewayError."""
         trace, started = exchange.trace, time.perf_counter()
         ask, exchange.model, exchange.body = self._prompts.read(exchange)
+        ask = self._door.isolated(exchange, ask)
         if ask.stream is True and exchange.endpoint.streams and self._config.keepalive_seconds:
             exchange.client.keep_alive(self._config.keepalive_seconds)
         started = trace.step("parse", started)
@@ -119,6 +123,7 @@ class Dispatcher:
             self._metrics.unkeyed.labels(prompt.unkeyed).inc()
         else:
             self._metrics.tokenize_seconds.observe(tokenized - started)
+        await self._door.take(exchange, ask, prompt)
         turn = await self._turns.take(prompt.model, exchange.caller, prompt.tokens)
         exchange.queued = turn.waited
         try:

@@ -10,7 +10,7 @@ from typing import Literal, get_args, get_origin
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
-from pydantic import ByteSize
+from pydantic import ByteSize, SecretStr
 from pydantic.fields import FieldInfo
 
 from cacheengine.config import ALIASES, ENV_PREFIX, CacheConfig, Config
@@ -71,7 +71,7 @@ def default_of(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, ByteSize):
         return f"`{_size(int(value))}`"
-    if value in ("", []):
+    if isinstance(value, SecretStr) or value in ("", []):
         return "empty"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"

@@ -2,10 +2,13 @@
 
 GatewayError
   BadRequest      400  the body is not what this endpoint takes
+  Unauthorized    401  no API key that is known and has not expired
   UnknownModel    404  no worker serves that model
   RequestTooSlow  408  it took too long to arrive
   BodyTooLarge    413  more bytes than max_body_bytes
+  TooMany         429  a limit of the caller's key; Retry-After says when there is room again
   HeadTooLarge    431  more bytes of headers than a connection takes
+  KeysUnknown     503  keys are asked for and could not be read since the start
   NoWorker        503  nobody can take it now; Retry-After says when to come back
     Overloaded    503  max_inflight requests are already here
     QueueFull     503  max_queue requests already wait for room
@@ -82,6 +85,47 @@ class HeadTooLarge(GatewayError):
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"The request's target and headers are larger than {limit} bytes.")
+
+
+class Unauthorized(GatewayError):
+    """The same sentence for a wrong, an expired and a revoked key.  Never quotes what was sent."""
+
+    status, kind, code = 401, "invalid_request_error", "invalid_api_key"
+
+    def __init__(self, said: bool) -> None:
+        super().__init__(
+            "Incorrect API key provided."
+            if said
+            else "You didn't provide an API key: send it as `Authorization: Bearer KEY`."
+        )
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [*super().headers(), (b"www-authenticate", b"Bearer")]
+
+
+class TooMany(GatewayError):
+    """`kind` as OpenAI has it: requests, tokens, insufficient_quota."""
+
+    status = 429
+
+    def __init__(self, message: str, kind: str, short: str, wait_ms: int | None, again: bool = True) -> None:
+        """`short`: month, concurrency, requests or tokens, for metrics.  `wait_ms` None: waiting does not
+        help.  `again` False: a client should not retry by itself."""
+        super().__init__(message)
+        self.kind, self.short, self._again = kind, short, again
+        self.code = kind if kind == "insufficient_quota" else "rate_limit_exceeded"
+        self.retry_after = None if wait_ms is None else max(1, -(-wait_ms // 1000))
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        final = [] if self._again else [(b"x-should-retry", b"false")]
+        return [*super().headers(), *final]
+
+
+class KeysUnknown(GatewayError):
+    status, code, retry_after = 503, "keys_unavailable", 1
+
+    def __init__(self) -> None:
+        super().__init__("API keys cannot be checked at the moment.")
 
 
 class NoWorker(GatewayError):

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from cacheengine.keys import ChunkKey
 from gateway.endpoints import Endpoint
-from gateway.flow import ANYBODY, Tenant
+from gateway.keyring import ANONYMOUS, Key
+from gateway.limits import Visit
 from gateway.proxy import Client
 from gateway.trace import NO_TRACE, Trace
 from gateway.upload import Upload
@@ -41,12 +42,13 @@ class Exchange:
     upload: Upload | None = None  # instead of a body: one that is streamed
     model: str = "unknown"  # a metric's label: only ever the name of a model that is served
     request_id: str = ""
+    caller: Key = ANONYMOUS  # the record of its key; in its name it waits for room
+    visit: Visit | None = None  # what is held for it under its limits; None where keys are not asked for
     prompt: Prompt | None = None
     placement: Placement | None = None  # of the last attempt
     attempts: int = 0  # workers that were asked
     queued: float = 0.0  # seconds it waited for its turn
     ttft: float | None = None  # seconds from `arrived` to the worker's first byte
-    caller: Tenant = ANYBODY  # in whose name it waits for room
     usage: Usage = NO_USAGE  # what the worker says it cost; also of an answer that broke off
     failure: str = ""  # the code of the error it ended with
     aborted: bool = False  # the client hung up before the end

@@ -81,6 +81,7 @@ class Metrics:
         self._answers(registry)
         self._routing(registry)
         self._flow(registry)
+        self._tenants(registry)
         ProcessCollector(registry=registry)
 
     def ended(self, exchange: Exchange) -> None:
@@ -132,6 +133,11 @@ class Metrics:
         for counter in (self.predicted_hit, self.actual_hit):
             with suppress(KeyError):
                 counter.remove(worker_id)
+
+    def tenant_left(self, tenant: str) -> None:
+        """Its last key is gone, and its labels go too."""
+        for counter in (self.tenant_requests, self.tenant_tokens, self.tenant_refused):
+            counter.remove_by_labels({"tenant": tenant})
 
     def fleet(self, trust: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
         """What the index's claims are worth, as of now: worker → part → state and precision."""
@@ -203,6 +209,19 @@ class Metrics:
             "How late the event loop woke up a timer, looked at four times a second.",
             buckets=_LAG,
             registry=registry,
+        )
+
+    def _tenants(self, registry: CollectorRegistry) -> None:
+        counter = partial(Counter, registry=registry)
+        self.tenant_requests = counter("cairn_tenant_requests", "Requests by tenant.", ["tenant"])
+        self.tenant_tokens = counter(
+            "cairn_tenant_tokens", "Tokens settled by tenant; kind: prompt or completion.", ["tenant", "kind"]
+        )
+        self.tenant_refused = counter(
+            "cairn_tenant_refusals",
+            "Requests refused by tenant and by what was short or wrong: key (then without a tenant), model, "
+            "month, concurrency, requests, tokens.",
+            ["tenant", "kind"],
         )
 
     def _routing(self, registry: CollectorRegistry) -> None:

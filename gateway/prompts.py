@@ -15,6 +15,7 @@ from gateway.endpoints import ENDPOINTS, Endpoint, Text
 from gateway.errors import BadRequest, NoWorker, UnknownModel
 from gateway.exchange import Exchange, Prompt
 from gateway.handshake import Handshake
+from gateway.keyring import ANONYMOUS, Key
 from gateway.template import Unkeyable
 from gateway.tokenize import ModelTokenizer
 from router.registry import Registry
@@ -44,33 +45,36 @@ class Prompts:
         """What was asked, the served name, and the body for the worker: as it came, unless an alias was used.
         Raises GatewayError."""
         if exchange.upload is None:
-            return self.read_body(exchange.body, exchange.endpoint)
+            return self.read_body(exchange.body, exchange.endpoint, exchange.caller)
         asked = Asked(model=exchange.upload.model)
         try:
-            model = self._served(asked)
+            model = self._served(asked, exchange.caller)
         except BadRequest as exc:
             raise BadRequest("Send the `model` field, and before the file.", "model") from exc
         exchange.upload.decide(model)
         return asked, model, b""
 
-    def read_body(self, body: bytes, endpoint: Endpoint) -> tuple[Asked, str, bytes]:
-        """The same of a body that is here.  Raises GatewayError."""
+    def read_body(self, body: bytes, endpoint: Endpoint, key: Key = ANONYMOUS) -> tuple[Asked, str, bytes]:
+        """The same of a body that is here.  Raises GatewayError; a model that `key` is not for does not
+        exist."""
         asked = read(_DECODERS[endpoint.text], body)
         asked.check()
-        model = self._served(asked)
+        model = self._served(asked, key)
         return asked, model, renamed(body, model) if asked.model in self._aliases else body
 
     def guess(self, body: bytes) -> Endpoint:
         """Whose body this is, where nobody says.  Raises GatewayError."""
         return ENDPOINTS["/v1/chat/completions" if read_ask(body).messages is not None else "/v1/completions"]
 
-    def _served(self, ask: Asked) -> str:
+    def _served(self, ask: Asked, key: Key) -> str:
         """The served name asked for.  Raises UnknownModel, NoWorker, BadRequest."""
         name = self._aliases.get(ask.model or "", ask.model)
+        if name is not None and not key.may_use(ask.model, name):
+            raise UnknownModel(ask.model or "")
         if name is not None and self._registry.workers_for(name):
             return name
         known = [*self._registry.describe()]
-        bases = {str(worker["model"]) for worker in known}
+        bases = {model for worker in known if key.may_use(model := str(worker["model"]))}
         if name is None and len(bases) == 1:
             return bases.pop()
         if name is None and bases:

@@ -61,6 +61,10 @@ class Client:
         self._receive = receive
         self._send = send
 
+    def through(self, wrap: Callable[[Send], Send]) -> None:
+        """All that the caller is told from now on goes through `wrap(send)`."""
+        self._send = wrap(self._send)
+
     def header(self, name: bytes) -> bytes | None:
         return next((value for key, value in self.headers if key == name), None)
 

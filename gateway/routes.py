@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
@@ -16,6 +16,7 @@ from gateway.errors import UnknownModel, error_body
 from gateway.health import Health
 from gateway.metrics import Metrics
 from gateway.proxy import Client
+from gateway.tenants import Door
 from router.router import Router
 
 
@@ -70,7 +71,7 @@ def relayed_others(dispatcher: Dispatcher) -> Route:
     return Route("/v1/{rest:path}", RelayOther(dispatcher), include_in_schema=False)
 
 
-def openai(router: Router, aliases: Mapping[str, str], started: int) -> APIRouter:
+def openai(router: Router, door: Door, aliases: Mapping[str, str], started: int) -> APIRouter:
     """What is answered here of OpenAI's surface.  `started` (Unix seconds) is the models' creation date."""
     api = APIRouter(tags=["openai"])
 
@@ -92,14 +93,18 @@ def openai(router: Router, aliases: Mapping[str, str], started: int) -> APIRoute
         return dict(sorted({**named, **known}.items()))
 
     @api.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """Every model, adapter and alias some worker serves now."""
-        return {"object": "list", "data": [*cards().values()]}
+    async def models(request: Request) -> dict[str, Any]:
+        """Every model, adapter and alias some worker serves now and the caller may use."""
+        key = door.caller(request.headers.raw)
+        used = [card for name, card in cards().items() if key.may_use(name, aliases.get(name))]
+        return {"object": "list", "data": used}
 
     @api.get("/v1/models/{model:path}")
-    async def model(model: str) -> Any:
+    async def model(request: Request, model: str) -> Any:
         """One of them."""
-        if (card := cards().get(model)) is None:
+        key = door.caller(request.headers.raw)
+        card = cards().get(model)
+        if card is None or not key.may_use(model, aliases.get(model)):
             unknown = UnknownModel(model)
             return Response(unknown.body(), unknown.status, media_type="application/json")
         return card

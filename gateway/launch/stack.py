@@ -146,6 +146,8 @@ class Stack:
             "tokenizer_path": str(model.path),
             "index_deadline_ms": _INDEX_DEADLINE_MS,
         }
+        if config.admin_port:
+            flags["admin_port"] = config.admin_port
         if not self._connector:  # plain vLLM does not register itself
             flags["workers"] = [f"{name}={url}" for url in worker_urls]
         return Spec(
@@ -153,7 +155,7 @@ class Stack:
             argv=(sys.executable, "-m", "gateway.launch.serve", json.dumps(flags)),
             log=self._log("gateway"),
             ready=lambda: answers(f"{config.url}/health/ready"),
-            env=self.env | {"CAIRN_REDIS_URL": redis_url},
+            env=self.env | {"CAIRN_REDIS_URL": redis_url} | _secrets(config),
             deadline_seconds=_WORKER_DEADLINE_SECONDS + 60.0,  # it is ready once a worker is
         )
 
@@ -224,3 +226,9 @@ def answers(url: str) -> bool:
         return httpx.get(url, timeout=_PROBE_SECONDS, trust_env=False).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
+
+
+def _secrets(config: LaunchConfig) -> dict[str, str]:
+    """What a gateway is told in its environment, because argv is for everybody to read."""
+    token = config.admin_token.get_secret_value()
+    return {"CAIRN_ADMIN_TOKEN": token} if token else {}

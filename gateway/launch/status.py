@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
+from pydantic import SecretStr
 from rich.table import Table
 
 from gateway.launch.errors import LaunchError
+
+NO_TOKEN = SecretStr("")
 
 Worker = Mapping[str, Any]  # one worker of GET /admin/workers, with its heartbeat
 
@@ -29,10 +32,24 @@ _LEGEND = (
 )
 
 
-def fetch_workers(url: str, timeout_seconds: float = 5.0) -> list[dict[str, Any]]:
+def fetch_workers(
+    url: str, token: SecretStr = NO_TOKEN, timeout_seconds: float = 5.0
+) -> list[dict[str, Any]]:
     """GET /admin/workers of the gateway at `url`.  Raises LaunchError when it does not answer."""
+    said = token.get_secret_value()
     try:
-        reply = httpx.get(f"{url.rstrip('/')}/admin/workers", timeout=timeout_seconds, trust_env=False)
+        reply = httpx.get(
+            f"{url.rstrip('/')}/admin/workers",
+            headers={"authorization": f"Bearer {said}"} if said else None,
+            timeout=timeout_seconds,
+            trust_env=False,
+        )
+        if reply.status_code == httpx.codes.UNAUTHORIZED:
+            raise LaunchError(f"{url} asks for its admin token: set CAIRN_ADMIN_TOKEN")
+        if reply.status_code == httpx.codes.NOT_FOUND:
+            raise LaunchError(
+                f"{url} has no admin pages: set CAIRN_ADMIN_PORT, or name their port with --url"
+            )
         reply.raise_for_status()
         body = reply.json()
     except httpx.TransportError:

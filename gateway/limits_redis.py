@@ -1,0 +1,115 @@
+"""The limits' side of Redis: the script on a tenant's HASH, and how many gateways live."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import AskError, MovedError, RedisError
+
+from cacheengine import redis_url
+from cacheengine.index_nodes import KINDS, Nodes
+from cacheengine.index_reader import within
+from gateway.limits_book import Question, Standing
+
+log = logging.getLogger(__name__)
+
+GATEWAYS = "cairn:gateways"  # ZSET: a gateway's process → until when it is believed to live, Unix seconds
+LEASE_SECONDS = 15.0
+
+_SCRIPT = (Path(__file__).parent / "limits.lua").read_text()
+
+
+class LimitsDown(Exception):
+    """Redis did not answer.  `heard`: it may have carried out what was asked."""
+
+    def __init__(self, heard: bool) -> None:
+        self.heard = heard
+
+
+class LimitsScript:
+    """limits.lua on whichever server has a tenant's HASH.  Raises ConfigError."""
+
+    def __init__(self, url: str, deadline: float) -> None:
+        self._url, self._deadline = url, deadline
+        self._make = KINDS[redis_url.parse(url).kind]
+        self._nodes: Nodes | None = None
+
+    def open(self) -> None:
+        """Start connecting.  REQUIRES: a running loop."""
+        self._nodes = self._make(self._url, _SCRIPT, asyncio.Event())
+
+    @property
+    def up(self) -> bool:
+        return self._nodes is not None and self._nodes.up
+
+    async def close(self) -> None:
+        """Idempotent."""
+        nodes, self._nodes = self._nodes, None
+        if nodes is not None:
+            await nodes.close()
+
+    async def ask(self, tenant: str, question: Question) -> Standing:
+        """Raises LimitsDown within the deadline."""
+        name = b"cairn:{tenant:%s}:used" % tenant.encode()
+        node = self._nodes.find(name) if self._nodes else None
+        if node is None or not node.up:
+            raise LimitsDown(heard=False)
+        asked = asyncio.ensure_future(self._evaluate(node, name, msgspec.json.encode(question)))
+        try:
+            reply = await within(asked, self._deadline)
+            return Standing(*map(int, reply))
+        except TimeoutError:
+            node.missed()
+            raise LimitsDown(heard=True) from None
+        except (RedisError, OSError, TypeError, ValueError) as exc:
+            log.debug("limits: %r", exc)
+            raise LimitsDown(heard=False) from exc
+
+    async def _evaluate(self, node: Any, name: bytes, argument: bytes) -> Sequence[Any]:
+        try:
+            return cast(Sequence[Any], await node.evaluate(name, argument))
+        except AskError as exc:  # MovedError is one
+            other = self._nodes.redirected(exc) if self._nodes else None
+            if other is None:
+                raise
+            return await other.evaluate(name, argument, asking=not isinstance(exc, MovedError))
+
+
+class Gateways:
+    """How many gateways live, itself included: a lease each.  The last known number holds without Redis."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self._name = name
+        self.alive = 1
+        self._client = redis_url.async_client(
+            url,
+            socket_timeout=1.0,
+            socket_connect_timeout=1.0,
+            retry=Retry(NoBackoff(), 1),
+            protocol=2,
+        )
+
+    async def beat(self, seconds: float = LEASE_SECONDS) -> None:
+        """Never raises.  `seconds` 0: not any more."""
+        now = time.time()
+        try:
+            async with asyncio.timeout(2.0), self._client.pipeline(transaction=False) as pipe:
+                if seconds:
+                    pipe.zadd(GATEWAYS, {self._name: now + seconds})
+                else:
+                    pipe.zrem(GATEWAYS, self._name)
+                pipe.zremrangebyscore(GATEWAYS, 0, now)
+                pipe.zcard(GATEWAYS)
+                self.alive = max(1, int((await pipe.execute())[-1]))
+        except (*redis_url.DOWN, OSError) as exc:
+            log.debug("gateways: %r", exc)
+
+    async def close(self) -> None:
+        await self.beat(0)
+        await self._client.aclose()
