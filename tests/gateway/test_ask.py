@@ -5,7 +5,7 @@ from gateway.errors import BadRequest
 
 
 def test_only_a_few_fields_are_read_and_the_rest_is_let_be() -> None:
-    ask = read_ask(b'{"model": "m", "messages": [1], "temperature": {"any": "thing"}, "n": 1e400}')
+    ask = read_ask(b'{"model": "m", "messages": [1], "temperature": {"any": "thing"}, "top_p": 1e400}')
     assert (ask.model, ask.messages) == ("m", [1])
 
 
