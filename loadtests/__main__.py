@@ -31,7 +31,7 @@ def benches() -> Iterator[Bench]:
     """From the docstrings, without importing: some start engines, and the locustfile patches sockets."""
     micro, whole = sorted((FOLDER / "micro").glob("bench_*.py")), sorted(FOLDER.glob("bench_*.py"))
     replays, index = sorted(FOLDER.glob("replay_*.py")), sorted(FOLDER.glob("*index*.py"))
-    storms = [FOLDER / "abort_storm.py"]
+    storms = [FOLDER / "abort_storm.py", FOLDER / "overload.py"]
     for path in (*micro, *replays, *index, *storms, *whole):
         yield Bench(path.stem.removeprefix("bench_"), title_of(path), path)
 
