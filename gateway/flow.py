@@ -246,8 +246,9 @@ class Turns:
         if waiting / weight >= len(longest.waiting) / longest.tenant.weight:
             return False
         newest = next(reversed(longest.waiting.values()))
-        newest.turn.set_exception(QueueFull(self.retry_after(lane)))
-        self._refused("queue_full")
+        if not newest.turn.cancelled():  # else it has just given up, and has not run since
+            newest.turn.set_exception(QueueFull(self.retry_after(lane)))
+            self._refused("queue_full")
         self._leave(lane, newest)
         return True
 
@@ -267,9 +268,10 @@ class Turns:
         self._count_seats(lane, self._workers_for(lane.model))
         while lane.depth and lane.open < lane.seats:
             waiter = lane.next()
-            waiter.flow.charge(waiter.cost)
-            lane.open += 1
-            waiter.turn.set_result(None)
+            if not waiter.turn.cancelled():  # else it has just given up, and has not run since
+                waiter.flow.charge(waiter.cost)
+                lane.open += 1
+                waiter.turn.set_result(None)
             self._leave(lane, waiter)
 
     def _lane(self, model: str) -> _Lane:

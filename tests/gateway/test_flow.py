@@ -138,6 +138,40 @@ def test_a_turn_given_to_who_hangs_up_in_that_moment_goes_to_the_next() -> None:
     run(test)
 
 
+def test_who_hangs_up_in_the_moment_its_turn_comes_costs_no_seat() -> None:
+    async def test() -> None:
+        house = House()
+        for name in "abc":
+            await house.ask(name)
+        house.tasks["b"].cancel()  # and has not run since
+        await house.end("a")
+        assert house.order == ["a", "c"]
+        await house.end("c")
+        await house.ask("d")
+        assert house.order == ["a", "c", "d"]
+
+    run(test)
+
+
+def test_who_hangs_up_in_the_moment_it_is_pushed_out_makes_room_all_the_same() -> None:
+    async def test() -> None:
+        house = House(max_queue=2)
+        for name in ("a0", "a1", "a2"):
+            await house.ask(name, A)
+        newcomer = asyncio.create_task(house.turns.take("m", B, 10))
+        house.tasks["a2"].cancel()  # and will run after the newcomer
+        await settle()
+        house.turns.check()
+        assert house.tasks["a2"].cancelled()
+        assert not newcomer.done()
+        assert house.refusals == []
+        await house.end("a0")
+        assert await house.drain() == []
+        (await newcomer).done()
+
+    run(test)
+
+
 def test_the_full_queue_says_when_to_come_back() -> None:
     async def test() -> None:
         house = House(max_queue=3)
@@ -307,7 +341,7 @@ class Step:
 
 STEPS = st.builds(
     Step,
-    st.sampled_from(["ask", "ask", "ask", "end", "leave", "grow", "shrink"]),
+    st.sampled_from(["ask", "ask", "ask", "end", "leave", "both", "grow", "shrink"]),
     st.integers(0, 50),
     st.sampled_from([A, B, C, LATER]),
     st.integers(0, 1000),
@@ -334,6 +368,10 @@ def test_whatever_happens_it_is_bounded_work_conserving_and_loses_nobody(
                     del house.tasks[name]
                 case "leave" if waiting := [name for name, task in tasks if not task.done()]:
                     await house.leave(waiting[step.which % len(waiting)])
+                case "both" if here and (waiting := [name for name, task in tasks if not task.done()]):
+                    house.tasks[waiting[step.which % len(waiting)]].cancel()  # and has not run since
+                    await house.end(name := here[step.which % len(here)], step.tokens)
+                    del house.tasks[name]
                 case "grow":
                     house.workers.append((*house.workers[-1], Worker("w", "http://w", "m")))
                 case "shrink" if len(house.workers[-1]) > 1:
