@@ -4,7 +4,7 @@ A key is `cairn-` and 256 random bits in base64url.  It is shown once and stored
 its SHA-256, and what is random through and through needs no slow hash.  A key's limits are its own; the month
 is its tenant's, so that replacing a key does not start it anew.
 
-    cairn:keys    HASH   field <SHA-256, hex>, value a JSON record; fields @secret and @version
+    cairn:keys    HASH   field <SHA-256, hex>, value a JSON record; fields secret and @version
 
 or, without a Redis, the same records in a YAML or JSON file: `{secret: <hex>, keys: [<record>, ...]}`.
 """
@@ -30,7 +30,7 @@ from cacheengine.index_orders import Orders
 log = logging.getLogger(__name__)
 
 KEYS = "cairn:keys"
-SECRET = "@secret"  # what salts of isolated tenants are made with; of the deployment, made with its first key
+SECRET = "secret"  # what salts of isolated tenants are made with; of the deployment, made with its first key
 PREFIX = "cairn-"
 POLL_SECONDS = 1.0
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -138,6 +138,10 @@ class FileKeys:
         self._stat: tuple[int, int, int] | None = None
         self._seen: Mapping[str, str] = {}
 
+    @property
+    def there(self) -> bool:
+        return self._path.exists()
+
     async def read(self) -> Mapping[str, str]:
         return await asyncio.to_thread(self._read)
 
@@ -156,12 +160,13 @@ class FileKeys:
                 self._stat = now
         except (OSError, UnicodeError) as exc:
             raise KeysDown(f"{self._path} cannot be read ({type(exc).__name__})") from exc
-        except (ValueError, TypeError, yaml.YAMLError) as exc:  # the text may quote a secret
+        except (ValueError, TypeError, LookupError, RecursionError, yaml.YAMLError) as exc:
+            # the text may quote a secret
             raise KeysDown(f"{self._path} should read {{secret: ..., keys: [...]}}") from exc
         return self._seen
 
     def _put(self, field: str, record: str) -> None:
-        held = dict(self._read()) if self._path.exists() else {}
+        held = dict(self._read()) if self.there else {}
         held[field] = record
         keys = [msgspec.json.decode(text) for name, text in held.items() if name != SECRET and text]
         text = yaml.safe_dump({"secret": held.get(SECRET, ""), "keys": keys}, sort_keys=False)

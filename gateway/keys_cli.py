@@ -28,6 +28,7 @@ from gateway.launch.errors import LaunchError, UsageError
 keys_app = typer.Typer(help="API keys of the gateways.", no_args_is_help=True)
 
 _SPAN = re.compile(r"(\d{1,9})([smhdw])")
+_TOLD_AGAIN_SECONDS = 4.0  # within which gateways notice that Redis lost its memory
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 RedisUrl = Annotated[
@@ -86,6 +87,8 @@ def create(
         raise UsageError(str(exc)) from None
 
     async def make(store: Store, held: dict[str, str]) -> None:
+        if not held and isinstance(store, RedisKeys):
+            held = await _remembered(store)
         if not held.get(SECRET):
             await store.put(SECRET, secrets.token_hex(32))
         await store.put(digest, msgspec.json.encode(record).decode())
@@ -141,7 +144,7 @@ def _with(
     async def run() -> T:
         store = _store(redis_url, file)
         try:
-            held = {} if file and not file.exists() else dict(await store.read())
+            held = {} if isinstance(store, FileKeys) and not store.there else dict(await store.read())
             return await work(store, held)
         finally:
             await store.close()
@@ -165,6 +168,15 @@ def _store(redis_url: str | None, file: Path | None) -> Store:
         return RedisKeys(url)
     except ConfigError as exc:
         raise UsageError(str(exc)) from None
+
+
+async def _remembered(store: Store) -> dict[str, str]:
+    """What an empty Redis holds in the end: if it lost its memory, gateways will tell it again, and undo what
+    was written before."""
+    until = time.monotonic() + _TOLD_AGAIN_SECONDS
+    while not (held := await store.read()) and time.monotonic() < until:
+        await asyncio.sleep(0.1)
+    return dict(held)
 
 
 def _span(text: str) -> int:

@@ -44,10 +44,12 @@ def test_a_key_is_printed_once_and_only_its_digest_is_kept(tmp_path: Path) -> No
 def test_keys_in_redis_are_made_listed_and_revoked_and_the_salt_s_secret_stays(valkey: ValkeyServer) -> None:
     where = ("--redis-url", valkey.url)
     key = json.loads(cairn("create", "--tenant", "a", "--expires", "30d", "--json", *where).stdout)
-    cairn("create", "--tenant", "b", *where)
     with valkey.client() as client:
         secret = client.hget("cairn:keys", SECRET)
         assert len(secret) == 64
+    cairn("create", "--tenant", "b", *where)
+    with valkey.client() as client:
+        assert client.hget("cairn:keys", SECRET) == secret, "or isolated tenants lose their cache"
         assert client.hexists("cairn:keys", digest_of(key["key"].encode()))
     assert key["expires"] - key["created"] == 30 * 86_400
     assert cairn("revoke", key["id"], *where).exit_code == 0

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -238,8 +239,10 @@ def test_a_file_that_breaks_keeps_the_keys_and_one_that_is_mended_is_read(
     key = create(where, "--tenant", "a")
     with gateway(worker_url, keys_file=str(keys_file)) as client:
         good = keys_file.read_text()
-        keys_file.write_text("keys: [")
-        assert client.post(CHAT, json=BODY, headers=bearer(key)).status_code == 200
+        for broken in ("keys: [", "keys: [{}]", "keys: &a [*a]", "keys: [1]", "[]"):
+            keys_file.write_text(broken)
+            assert client.post(CHAT, json=BODY, headers=bearer(key)).status_code == 200
+            time.sleep(1.2)  # it has been read meanwhile
         keys_file.write_text(good)
         cairn("keys", "revoke", json.loads(cairn("keys", "list", *where, "--json"))[0]["id"], *where)
         wait_until(lambda: client.post(CHAT, json=BODY, headers=bearer(key)).status_code == 401, 30)
@@ -263,6 +266,34 @@ def test_two_gateways_share_one_limit_and_hear_of_a_revoked_key(worker_url, valk
             wait_until(lambda each=each: each.get("/v1/models", headers=bearer(key)).status_code == 401, 30)
         with valkey.frozen():
             assert one.get("/v1/models", headers=bearer(key)).status_code == 401
+
+
+def test_an_isolated_tenant_has_the_same_salt_at_every_gateway_and_after_the_next_key(
+    worker, worker_url, valkey: ValkeyServer
+) -> None:
+    where = ("--redis-url", valkey.url)
+    key, salts = create(where, "--tenant", "a", "--isolate"), []
+    for other in ("b", "c"):
+        create(where, "--tenant", other)
+        with gateway(worker_url, redis_url=valkey.url) as client:
+            assert client.post(CHAT, json=BODY, headers=bearer(key)).status_code == 200
+            salts.append(json.loads(worker.asked[-1][1])["cache_salt"])
+    assert salts[0] == salts[1]
+
+
+def test_a_key_made_right_after_redis_lost_its_memory_does_not_cost_the_others_nor_itself(
+    worker_url, valkey: ValkeyServer
+) -> None:
+    where = ("--redis-url", valkey.url)
+    old = create(where, "--tenant", "a")
+    with gateway(worker_url, redis_url=valkey.url) as client:
+        assert client.get("/v1/models", headers=bearer(old)).status_code == 200
+        valkey.flush()
+        new = create(where, "--tenant", "b")
+        for key in (old, new):
+            wait_until(lambda key=key: client.get("/v1/models", headers=bearer(key)).status_code == 200, 30)
+        assert [row["tenant"] for row in json.loads(cairn("keys", "list", *where, "--json"))] == ["a", "b"]
+        assert client.get("/v1/models", headers=bearer(old)).status_code == 200
 
 
 def shared(*arguments: Any) -> bool:
