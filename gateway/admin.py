@@ -12,6 +12,7 @@ from gateway.admin_door import guard
 from gateway.dispatch import SESSION, Dispatcher
 from gateway.errors import BodyTooLarge, GatewayError
 from gateway.health import Health
+from gateway.siblings import Siblings
 from gateway.tenants import Door
 from router.registry import UnknownWorker
 from router.router import DECISIONS, Router
@@ -24,6 +25,7 @@ def admin(
     door: Door,
     max_body_bytes: int,
     token: SecretStr,
+    siblings: Siblings,
 ) -> APIRouter:
     """/admin/*; `cairn status` reads /admin/workers."""
     api = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(guard(token))])
@@ -36,24 +38,24 @@ def admin(
         return {
             "workers": rows,
             "removed": router.registry.removed(),
-            "inflight": dispatcher.inflight,
+            "inflight": dispatcher.inflight + sum(await siblings.ask("inflight")),
             "policy": router.policy,
         }
 
     @api.post("/workers/{worker_id:path}/drain")
     async def drain(worker_id: str) -> dict[str, str]:
         """No new traffic until it is resumed, also after a restart; what is under way finishes."""
-        return await _order(router, worker_id, "drain")
+        return await _order(router, siblings, worker_id, "drain")
 
     @api.post("/workers/{worker_id:path}/resume")
     async def resume(worker_id: str) -> dict[str, str]:
         """Takes back drain or removal."""
-        return await _order(router, worker_id, "resume")
+        return await _order(router, siblings, worker_id, "resume")
 
     @api.delete("/workers/{worker_id:path}")
     async def remove(worker_id: str) -> dict[str, str]:
         """Forgotten until it restarts (one with a lease) or is resumed; what is under way finishes."""
-        return await _order(router, worker_id, "remove")
+        return await _order(router, siblings, worker_id, "remove")
 
     @api.get("/decisions")
     async def decisions(limit: int = 100) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def _row(router: Router, health: Health, row: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _order(
-    router: Router, worker_id: str, what: Literal["drain", "resume", "remove"]
+    router: Router, siblings: Siblings, worker_id: str, what: Literal["drain", "resume", "remove"]
 ) -> dict[str, str]:
     try:
         await router.registry.order(worker_id, what)
@@ -112,4 +114,5 @@ async def _order(
         raise HTTPException(404, f"no worker is called {worker_id!r}") from None
     except IndexDown:
         raise HTTPException(503, "Redis does not answer, so the other gateways cannot be told") from None
+    await siblings.ask("order", worker_id, what)  # without Redis they would not hear of it
     return {"worker": worker_id, "order": what}

@@ -38,13 +38,14 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def listening(app: ASGIApp, config: GatewayConfig) -> AsyncIterator[None]:
-    """`app` on the admin port, in the running loop, for the body of the `with`.  Raises ConfigError when the
-    port is taken."""
+async def listening(app: ASGIApp, config: GatewayConfig) -> AsyncIterator[uvicorn.Server]:
+    """`app` on the admin port, in the running loop, for the body of the `with`.  The port is shared with
+    this gateway's other processes.  Raises ConfigError when somebody else has it."""
     host, port = config.admin_host, config.admin_port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listener.bind((host, port))
     except OSError as exc:
@@ -57,11 +58,12 @@ async def listening(app: ASGIApp, config: GatewayConfig) -> AsyncIterator[None]:
             access_log=False,
             log_level=config.log_level,
             timeout_graceful_shutdown=_STOP_SECONDS,
+            **config.tls(),
         )
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="cairn-admin")
     try:
-        yield
+        yield server
     finally:
         server.should_exit = True
         await asyncio.wait((serving,))

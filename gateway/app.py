@@ -3,9 +3,12 @@
 import asyncio
 import contextlib
 import logging
+import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
 
 import httpx
 from fastapi import FastAPI, Request
@@ -25,6 +28,7 @@ from gateway.dashboard_view import View, dashboard
 from gateway.dispatch import Dispatcher
 from gateway.envelope import Envelope
 from gateway.errors import ANTHROPIC, OPENAI, GatewayError, error_body
+from gateway.exposition import Family, families
 from gateway.flow import Turns
 from gateway.handshake import Handshake
 from gateway.health import Health
@@ -36,13 +40,15 @@ from gateway.openapi import document
 from gateway.prompts import Prompts
 from gateway.pulse import Pulse
 from gateway.routes import Shortcut, openai, operations, relayed, relayed_others
+from gateway.siblings import NO_SIBLINGS, Answer, Siblings
 from gateway.tenants import Door, Everybody, Tenants
 from gateway.tracing import NO_TRACER, Tracer
 from gateway.watch import Watch
 from gateway.wire import KEEPALIVE_SECONDS, Transport, Wire
 from router.load import LoadBoard
+from router.orders import Deed
 from router.probe import Probe
-from router.registry import Registry
+from router.registry import Registry, UnknownWorker
 from router.router import Router
 from router.trust import Trust
 
@@ -50,28 +56,28 @@ log = logging.getLogger(__name__)
 
 
 def create_app(
-    config: GatewayConfig, *, transport: Transport | None = None, tracer: Tracer = NO_TRACER
+    config: GatewayConfig,
+    *,
+    transport: Transport | None = None,
+    tracer: Tracer = NO_TRACER,
+    board: LoadBoard | None = None,
+    siblings: Siblings = NO_SIBLINGS,
 ) -> FastAPI:
     """Objects are made here and do no I/O; the lifespan opens and closes them.  `transport` carries requests
-    to workers; the default is our own.  `tracer` is closed with the rest."""
+    to workers; `tracer` is closed with the rest; processes of one gateway share a `board` and know their
+    `siblings`.  Raises OSError for a workers_ca that cannot be read."""
     metrics = Metrics(CollectorRegistry())
     pool = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="cairn-tokenize")
-    carrier, http = transport or Wire(), _http()
-    url = config.redis_url
-    fleet = Fleet(url) if url else None
-    orders = Orders(url) if url else None
-    index = IndexReader(url, config.index_deadline_ms) if url else None
-    board = LoadBoard()
-    trust = Trust()
-    health = Health()
+    carrier, http = _carriers(config, transport)
+    fleet, orders, index = _redis(config)
+    board, trust, health = board or LoadBoard(), Trust(), Health()
     registry = _registry(config, http, fleet, orders, board, trust, health, metrics)
     router = _router(config, registry, board, index, trust, health, metrics)
     handshake = Handshake(registry, http, pool, metrics, config.tokenizer_path, config.tokenizer_memo_bytes)
     prompts = Prompts(registry, handshake, pool, config.alias_map())
     attempts = Attempts(config, router, carrier, health, metrics)
     watch = Watch(registry, board, health, Probe(http), config.wedge_seconds)
-    turns = _turns(config, registry, metrics)
-    pulse, door = Pulse(), _door(config, metrics)
+    turns, pulse, door = _turns(config, registry, metrics), Pulse(), _door(config, metrics)
     log_line = [request_line] if config.log_requests else []
     ended = [door.ended, metrics.ended, pulse.ended, tracer.ended, *log_line]
     dispatcher = Dispatcher(config, router, prompts, turns, attempts, door, metrics, tracer, ended)
@@ -88,25 +94,33 @@ def create_app(
                 opened.push_async_callback(index.close)
                 await _open(index)
             await door.open()
+            await opened.enter_async_context(siblings.answered(_answers(router, dispatcher, metrics)))
             await registry.refresh()
             for run in (registry.run, handshake.run, watch.run, metrics.watch_loop, *door.running()):
                 opened.push_async_callback(_stopped, asyncio.create_task(run()))
             if pages is not app:
-                await opened.enter_async_context(listening(pages, config))
+                app.state.beside = await opened.enter_async_context(listening(pages, config))
             yield
 
     app = FastAPI(title="Cairn", lifespan=lifespan, redirect_slashes=False)
     pages = _pages(app, config)
     app.router.routes.extend(table := relayed(dispatcher))
     app.include_router(openai(router, door, config.alias_map(), started=int(time.time())))
-    app.include_router(operations(router, health, metrics))
-    pages.include_router(admin(router, dispatcher, health, door, config.max_body_bytes, config.admin_token))
+    app.include_router(operations(router, health, metrics, siblings))
+    told = (door, config.max_body_bytes, config.admin_token, siblings)
+    pages.include_router(admin(router, dispatcher, health, *told))
     pages.include_router(dashboard(View(router, health, dispatcher, turns, pulse), config.admin_token))
     if pages is not app:
-        pages.include_router(operations(router, health, metrics))
+        pages.include_router(operations(router, health, metrics, siblings))
     app.router.routes.append(relayed_others(dispatcher))
     document(app)
     return _finished(app, config, table)
+
+
+def _redis(config: GatewayConfig) -> tuple[Fleet | None, Orders | None, IndexReader | None]:
+    if not (url := config.redis_url):
+        return None, None, None
+    return Fleet(url), Orders(url), IndexReader(url, config.index_deadline_ms)
 
 
 def _pages(app: FastAPI, config: GatewayConfig) -> FastAPI:
@@ -132,6 +146,26 @@ def _finished(app: FastAPI, config: GatewayConfig, table: Sequence[Route]) -> Fa
     past = Shortcut(app.build_middleware_stack(), direct)
     app.middleware_stack = Envelope(past, config.cors_origins)
     return app
+
+
+def _answers(router: Router, dispatcher: Dispatcher, metrics: Metrics) -> dict[str, Answer]:
+    """To what the other processes ask."""
+
+    async def inflight() -> int:
+        return dispatcher.inflight
+
+    async def decisions(limit: int) -> list[dict[str, Any]]:
+        return list(islice(reversed(router.decisions), limit))
+
+    async def told() -> list[Family]:
+        return families(metrics.registry)
+
+    async def order(worker_id: str, what: Deed) -> bool:
+        with contextlib.suppress(UnknownWorker):
+            await router.registry.order(worker_id, what)
+        return True
+
+    return {"inflight": inflight, "decisions": decisions, "metrics": told, "order": order}
 
 
 async def _open(index: IndexReader) -> None:
@@ -160,13 +194,14 @@ def _router(
     )
 
 
-def _http() -> httpx.AsyncClient:
-    """For health checks and handshakes, never a client's request.  No limit: workers that do not answer must
-    not keep the others from being asked."""
+def _carriers(config: GatewayConfig, transport: Transport | None) -> tuple[Transport, httpx.AsyncClient]:
+    """What carries callers' requests to workers, and what is for health checks and handshakes.  The latter
+    has no limit either: workers that do not answer must not keep the others from being asked."""
+    tls = ssl.create_default_context(cafile=config.workers_ca or None)
     limits = httpx.Limits(
         max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_SECONDS
     )
-    return httpx.AsyncClient(trust_env=False, limits=limits)
+    return transport or Wire(tls), httpx.AsyncClient(trust_env=False, limits=limits, verify=tls)
 
 
 def _turns(config: GatewayConfig, registry: Registry, metrics: Metrics) -> Turns:

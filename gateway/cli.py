@@ -91,12 +91,17 @@ def gateway(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     admin_port: Annotated[int | None, typer.Option(help="Port of the admin pages.")] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", "--workers", help="Processes that share the port.")
+    ] = None,
 ) -> None:
     """Run the gateway alone, in front of workers that share its Redis (CAIRN_REDIS_URL) or are named to it.
 
     It reads CAIRN_* (CAIRN_REDIS_URL, CAIRN_WORKERS, CAIRN_POLICY …): see docs/config.md.
     """
-    flags = {"config": config, "host": host, "port": port, "admin_port": admin_port}
+    flags = {
+        "config": config, "host": host, "port": port, "admin_port": admin_port, "processes": processes
+    }  # fmt: skip
     os.execv(sys.executable, [sys.executable, "-m", "gateway.launch.serve", json.dumps(flags)])
 
 

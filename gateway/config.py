@@ -1,8 +1,9 @@
 """The gateway's knobs.  Loaded like every process's: defaults < file < CAIRN_* environment < flags."""
 
 import re
+import ssl
 from ipaddress import ip_address
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -64,6 +65,30 @@ class GatewayConfig(Config):
         SecretStr(""),
         description="What the admin pages ask for, as `Authorization: Bearer`. Put it in CAIRN_ADMIN_TOKEN, "
         "not in argv; empty: nothing, which is for loopback.",
+    )
+    processes: Annotated[int, Field(ge=1, le=32)] = Field(
+        1,
+        description="Processes that share the port, the load they cause and /metrics; bounds such as "
+        "max_inflight are each one's. One carries some thousand requests a second: raise it where its core "
+        "is busy.",
+    )
+    shutdown_grace_seconds: float = Field(
+        30.0,
+        ge=0,
+        description="How long open answers may still take after SIGTERM, in seconds; a reload (SIGHUP) lets "
+        "them finish. Keep it below the patience of whatever stops the gateway.",
+    )
+    tls_cert: str = Field(
+        "", description="PEM file with the listener's certificate and its chain; empty: no TLS."
+    )
+    tls_key: str = Field("", description="PEM file with the key of tls_cert; empty: it is in the same file.")
+    tls_client_ca: str = Field(
+        "",
+        description="PEM file with who signs callers' certificates; others are refused (mTLS).",
+    )
+    workers_ca: str = Field(
+        "",
+        description="PEM file with who signs certificates of workers with https URLs; empty: the system's.",
     )
     redis_url: str = Field(
         "",
@@ -242,6 +267,13 @@ class GatewayConfig(Config):
             parse_worker(worker)
         return workers
 
+    @field_validator("tls_key", "tls_client_ca")
+    @classmethod
+    def _needs_a_certificate(cls, path: str, info: ValidationInfo) -> str:
+        if path and not info.data.get("tls_cert"):
+            raise ValueError("it needs tls_cert beside it")
+        return path
+
     @field_validator("aliases")
     @classmethod
     def _name_two(cls, aliases: list[str]) -> list[str]:
@@ -266,6 +298,17 @@ class GatewayConfig(Config):
         names = [worker for worker in map(parse_worker, self.workers) if isinstance(worker, DnsName)]
         files = [WorkersFile(self.workers_file)] if self.workers_file else []
         return [*files, *map(Dns, names)]
+
+    def tls(self) -> dict[str, Any]:
+        """Of listeners, as uvicorn names its settings; nothing without a certificate."""
+        if not self.tls_cert:
+            return {}
+        return {
+            "ssl_certfile": self.tls_cert,
+            "ssl_keyfile": self.tls_key or None,
+            "ssl_ca_certs": self.tls_client_ca or None,
+            "ssl_cert_reqs": ssl.CERT_REQUIRED if self.tls_client_ca else ssl.CERT_NONE,
+        }
 
     def alias_map(self) -> dict[str, str]:
         """Alias → model."""

@@ -1,11 +1,12 @@
 """The HTTP surface.  What is relayed is plain ASGI: nothing between the worker's bytes and the socket."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -13,9 +14,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.dispatch import Dispatcher
 from gateway.endpoints import ENDPOINTS, Endpoint, known, other
 from gateway.errors import UnknownModel, error_body
+from gateway.exposition import Family, exposition, families
 from gateway.health import Health
 from gateway.metrics import Metrics
 from gateway.proxy import Client
+from gateway.siblings import Siblings
 from gateway.tenants import Door
 from router.router import Router
 
@@ -120,7 +123,7 @@ def openai(router: Router, door: Door, aliases: Mapping[str, str], started: int)
     return api
 
 
-def operations(router: Router, health: Health, metrics: Metrics) -> APIRouter:
+def operations(router: Router, health: Health, metrics: Metrics, siblings: Siblings) -> APIRouter:
     """Health and metrics."""
     api = APIRouter(tags=["operations"])
 
@@ -138,10 +141,17 @@ def operations(router: Router, health: Health, metrics: Metrics) -> APIRouter:
         return JSONResponse(status, 200 if workers else 503)
 
     @api.get("/metrics")
-    def exposition() -> Response:  # not async: FastAPI runs it on a thread, off the requests' loop
+    async def tell() -> Response:
+        """Of all processes of this gateway."""
         workers = router.registry.snapshot()
         metrics.fleet({worker.id: router.trust.describe(worker) for worker in workers})
         metrics.health({worker.id: health.state(worker.id) for worker in workers})
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        others = await siblings.ask("metrics")
+        text = await run_in_threadpool(_text, metrics.registry, others)  # off the requests' loop
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     return api
+
+
+def _text(registry: CollectorRegistry, others: Sequence[list[Family]]) -> bytes:
+    return exposition([families(registry), *others]) if others else generate_latest(registry)

@@ -60,6 +60,7 @@ class SharedLoadBoard(LoadBoard):
         self._places: dict[str, int] = {}  # worker id → first word of its place in our block
         self._free = list(range(self._mine + _HEAD, self._mine + size, _PLACE))[::-1]
         self._peers = [_Peer(self._words, block, self._capacity) for block in blocks]
+        self._living: list[_Peer] = []
         self._clock, self._looked = clock, -_LOOK_SECONDS
         self._names: dict[str, WorkerName] = {}
         self._take()
@@ -117,10 +118,9 @@ class SharedLoadBoard(LoadBoard):
         now = self._clock()
         if now - self._looked >= _LOOK_SECONDS:
             self._looked = now
-            for peer in self._peers:
-                peer.look()
+            self._living = [peer for peer in self._peers if peer.look()]
         name = self._name(worker_id)
-        return sum(peer.read(name, word) for peer in self._peers)
+        return sum(peer.read(name, word) for peer in self._living)
 
     def _name(self, worker_id: str) -> WorkerName:
         if (name := self._names.get(worker_id)) is None:
@@ -141,12 +141,14 @@ class _Peer:
     def close(self) -> None:
         self._alive = False
 
-    def look(self) -> None:
+    def look(self) -> bool:
         """Is it alive, and where are its places?  The latter also without a new version: on a machine that
         reorders stores a directory may have been read half written."""
         pid, started = self._words[self._block], self._words[self._block + 1]
         self._alive = pid != 0 and born(pid) == started
-        self._read_places()
+        if self._alive:
+            self._read_places()
+        return self._alive
 
     def read(self, name: WorkerName, word: int) -> int:
         if not self._alive or not self._words[self._block]:

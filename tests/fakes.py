@@ -15,13 +15,19 @@ import uvicorn
 
 
 @contextlib.contextmanager
-def serve(app: Any) -> Iterator[str]:
-    """A real uvicorn in a thread on a free loopback port; yields its base URL."""
+def serve(app: Any, **more: Any) -> Iterator[str]:
+    """A real uvicorn in a thread on a free loopback port; yields its base URL.  `more` of its settings."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(
-            app, http="httptools", loop="uvloop", ws="none", log_level="critical", timeout_graceful_shutdown=1
+            app,
+            http="httptools",
+            loop="uvloop",
+            ws="none",
+            log_level="critical",
+            timeout_graceful_shutdown=1,
+            **more,
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="serve")

@@ -40,8 +40,14 @@ class Gateway:
 
     def rss(self) -> int:
         """Bytes."""
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+        pages = [
+            int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in (self.pid, *self.serving())
+        ]
+        return sum(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def serving(self) -> list[int]:
+        """The processes that serve, each with a pid of its own."""
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
 
 
 @contextlib.contextmanager
