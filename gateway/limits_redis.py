@@ -10,7 +10,7 @@ from typing import Any, cast
 import msgspec
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AskError, MovedError, RedisError
+from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 
 from cacheengine import redis_url
 from cacheengine.index_nodes import KINDS, Nodes
@@ -39,6 +39,7 @@ class LimitsScript:
         self._url, self._deadline = url, deadline
         self._make = KINDS[redis_url.parse(url).kind]
         self._nodes: Nodes | None = None
+        self._trouble = ""
 
     def open(self) -> None:
         """Start connecting.  REQUIRES: a running loop."""
@@ -68,7 +69,9 @@ class LimitsScript:
             node.missed()
             raise LimitsDown(heard=True) from None
         except (RedisError, OSError, TypeError, ValueError) as exc:
-            log.debug("limits: %r", exc)
+            if isinstance(exc, ResponseError) and str(exc) != self._trouble:  # it answers, and always so
+                self._trouble = str(exc)
+                log.warning("limits are counted by each gateway for its part: Redis says %s", exc)
             raise LimitsDown(heard=False) from exc
 
     async def _evaluate(self, node: Any, name: bytes, argument: bytes) -> Sequence[Any]:

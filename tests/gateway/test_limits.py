@@ -247,6 +247,35 @@ def test_on_a_cluster_one_tenant_is_one_slot(cluster: Any) -> None:
     run(work, cluster.url)
 
 
+def test_a_user_with_the_documented_rights_counts_for_all_gateways(
+    valkey: ValkeyServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("ACL SETUSER cairn-gateway "))
+    url = f"redis://cairn-gateway:PASSWORD@127.0.0.1:{valkey.port}"
+
+    async def work(one: Limits, two: Limits) -> None:
+        for limits in (one, two):
+            grant = await limits.take(LIMITED, 10, 10)
+            assert grant.shared
+            limits.settle(grant, 20)
+        await until(lambda: one.gateways and one.gateways.alive == 2)
+        with valkey.client() as admin:
+            admin.execute_command("ACL SETUSER", "cairn-gateway", "-expire")
+        for _ in range(2):
+            grant = await one.take(LIMITED, 1, 1)
+            assert not grant.shared
+            one.settle(grant, 2)
+        assert 1 <= caplog.text.count("has no permissions") <= 2, "said, by each of them once"
+
+    with valkey.client() as admin:
+        admin.execute_command(*line.split())
+        try:
+            run(work, url, url)
+        finally:
+            admin.execute_command("ACL DELUSER", "cairn-gateway")
+
+
 def test_a_gateway_that_stops_is_counted_no_more(valkey: ValkeyServer) -> None:
     async def work() -> None:
         one, two = Gateways(valkey.url, "one"), Gateways(valkey.url, "two")
