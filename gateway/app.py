@@ -23,7 +23,7 @@ from cacheengine.index_reader import Fleet, IndexReader
 from gateway.admin import admin
 from gateway.admin_door import listening
 from gateway.attempts import Attempts
-from gateway.config import GatewayConfig
+from gateway.config import GatewayConfig, is_loopback
 from gateway.dashboard_view import View, dashboard
 from gateway.dispatch import Dispatcher
 from gateway.envelope import Envelope
@@ -219,6 +219,8 @@ def _turns(config: GatewayConfig, registry: Registry, metrics: Metrics) -> Turns
 
 def _door(config: GatewayConfig, metrics: Metrics) -> Door:
     if config.auth == "off":
+        if not is_loopback(config.host):
+            log.warning("whoever reaches %s may send requests: set auth to keys", config.host)
         return Everybody()
     store = FileKeys(config.keys_file) if config.keys_file else RedisKeys(config.redis_url)
     return Tenants(Keyring(store), Limits(config.redis_url, config.index_deadline_ms / 1000), metrics)

@@ -131,7 +131,7 @@ def dashboard(view: View, token: SecretStr) -> APIRouter:
     api = APIRouter(tags=["admin"])
     guarded = [Depends(guard(token))]
 
-    @api.get("/dashboard", include_in_schema=False)
+    @api.get("/dashboard", include_in_schema=False, dependencies=[] if token.get_secret_value() else guarded)
     async def page() -> Response:
         return FileResponse(FILES / "index.html", headers=_HEADERS, media_type="text/html")
 

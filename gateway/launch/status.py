@@ -46,6 +46,8 @@ def fetch_workers(
         )
         if reply.status_code == httpx.codes.UNAUTHORIZED:
             raise LaunchError(f"{url} asks for its admin token: set CAIRN_ADMIN_TOKEN")
+        if reply.status_code == httpx.codes.FORBIDDEN:
+            raise LaunchError(f"{url} must be named by its address, or given a CAIRN_ADMIN_TOKEN")
         if reply.status_code == httpx.codes.NOT_FOUND:
             raise LaunchError(
                 f"{url} has no admin pages: set CAIRN_ADMIN_PORT, or name their port with --url"
