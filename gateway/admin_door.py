@@ -88,7 +88,7 @@ async def listening(app: ASGIApp, config: GatewayConfig) -> AsyncIterator[uvicor
         uvicorn.Config(
             app,
             lifespan="off",
-            http=connections(config.receive_timeout_seconds, _CONNECTIONS),
+            http=connections(config.receive_timeout_seconds, _CONNECTIONS, config.idle_timeout_seconds),
             ws="none",
             access_log=False,
             log_level=config.log_level,

@@ -2,10 +2,11 @@
 
 uvicorn and httptools refuse what could be read in two ways (Content-Length beside Transfer-Encoding, folded
 headers, bare line feeds, NUL …), but bound neither the size of a request's head, nor the time it takes to
-arrive, nor the number of callers.  Here: a head has `MAX_HEAD_BYTES`; a request has `patience` seconds to be
-here whole, and one more for every `SLOWEST_BYTES` of it; one that is answered early (413) is heard for
-`patience` more; beyond `most` connections requests are told 503, and beyond twice as many nobody is heard.
-Every refusal has OpenAI's shape.
+arrive, nor the number of callers, nor how long they may leave an answer unread.  Here: a head has
+`MAX_HEAD_BYTES`; a request has `patience` seconds to be here whole, and one more for every `SLOWEST_BYTES` of
+it; one that is answered early (413) is heard for `patience` more; beyond `most` connections requests are told
+503, and beyond twice as many nobody is heard; who takes nothing of what waits for it, or of the last words,
+for `deaf` seconds is cut off.  Every refusal has OpenAI's shape.
 
 It also reads requests that offer to change to another protocol (`Upgrade: h2c`, as Java's HttpClient does) as
 if they did not: RFC 9110 7.8 lets a server ignore the offer; httptools would drop the body.
@@ -22,20 +23,22 @@ from gateway.errors import BadRequest, Crowded, GatewayError, HeadTooLarge, Requ
 
 MAX_HEAD_BYTES = 64 << 10
 SLOWEST_BYTES = 16 << 10  # a second
+DEAF = 1.25  # of `idle`: a worker whose answer nobody reads is let go before its caller
 _OFFERS = frozenset({b"upgrade", b"connection", b"http2-settings"})
 
 
-def connections(patience: float, most: int) -> type[Protocol]:
-    """What uvicorn.Config takes as `http`.  `patience` in seconds; `most` connections of this process."""
-    return cast("type[Protocol]", partial(Connection, patience=patience, most=most))
+def connections(patience: float, most: int, idle: float) -> type[Protocol]:
+    """What uvicorn.Config takes as `http`.  `patience` and `idle` in seconds; `most` connections of this
+    process."""
+    return cast("type[Protocol]", partial(Connection, patience=patience, most=most, deaf=DEAF * idle))
 
 
 class Connection(HttpToolsProtocol):
     """REQUIRES: uvicorn with ws="none"."""
 
-    def __init__(self, *args: Any, patience: float, most: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, patience: float, most: int, deaf: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._patience, self._most = patience, most
+        self._patience, self._most, self._deaf = patience, most, deaf
         self._refusal: GatewayError = BadRequest("This is no HTTP/1.1 request we can read in only one way.")
         self._owing, self._in_head = True, True  # the caller: the rest of a request; of its head
         self._answered = False  # though the caller is still owing
@@ -44,6 +47,7 @@ class Connection(HttpToolsProtocol):
         self._began = self.loop.time()
         self._received = self._chunk = 0  # bytes of this request; in this read
         self._timer: TimerHandle | None = None  # runs while the caller owes us bytes
+        self._unread: TimerHandle | None = None  # runs while it does not take ours
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -54,7 +58,21 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
+        self._taken()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._untaken()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._taken()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._untaken()
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
@@ -113,6 +131,8 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         another = self._in_head or self.pipeline  # what comes is not of the request just answered
         super().on_response_complete()
+        if self.transport.is_closing():
+            self._untaken()
         if self._owing and not another:
             self._answered, self._began = True, self.loop.time()
 
@@ -124,6 +144,16 @@ class Connection(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _untaken(self) -> None:
+        """A closed connection, too, is there until what was said on it has been taken."""
+        if self._unread is None:
+            self._unread = self.loop.call_later(self._deaf, self.transport.abort)
+
+    def _taken(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _late(self) -> None:
         """Was that all the time there is?"""
@@ -138,6 +168,7 @@ class Connection(HttpToolsProtocol):
             self._turn_away(RequestTooSlow())
         else:  # nothing was asked
             self.transport.close()
+            self._untaken()
 
     def _turn_away(self, error: GatewayError) -> None:
         """Say why, where nothing else is being said, and close."""
@@ -152,3 +183,4 @@ class Connection(HttpToolsProtocol):
             cycle.message_event.set()
         self._unwatch()
         self.transport.close()
+        self._untaken()

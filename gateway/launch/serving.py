@@ -86,7 +86,9 @@ def server(config: GatewayConfig, board: LoadBoard, siblings: Siblings) -> Serve
         settings = uvicorn.Config(
             app,
             loop="uvloop",
-            http=connections(config.receive_timeout_seconds, CONNECTIONS * config.max_inflight),
+            http=connections(
+                config.receive_timeout_seconds, CONNECTIONS * config.max_inflight, config.idle_timeout_seconds
+            ),
             ws="none",
             access_log=False,
             proxy_headers=False,  # nobody asks who the caller is by address
