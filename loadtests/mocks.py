@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,12 +13,13 @@ import httpx
 from gateway.launch.processes import Spec
 from gateway.launch.valkey import free_port
 from loadtests.engine import Lab, healthy, totals, without_ours
+from loadtests.memory import of_group
 from loadtests.mock_worker import build
 
 
 @dataclass(frozen=True)
 class Gateway:
-    """One gateway process."""
+    """A gateway: `pid` leads the group of its processes."""
 
     host: str
     port: int
@@ -30,8 +30,8 @@ class Gateway:
         return f"http://{self.host}:{self.port}"
 
     def rss_mib(self) -> float:
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+        """Of all of its processes."""
+        return of_group(self.pid)
 
     def metrics(self) -> dict[str, float]:
         """Its exposition, summed over labels."""
