@@ -5,6 +5,7 @@ that workers obey within a heartbeat, so nothing here needs a worker's address, 
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,8 @@ from gateway.launch.config import load_settings
 from gateway.launch.errors import LaunchError, UsageError
 
 cache_app = typer.Typer()
+
+API_KEY = "CAIRN_API_KEY"  # where a gateway asks for one; never in argv
 
 Text = Annotated[str | None, typer.Option("--prompt", help="The prompt of a completion.")]
 File = Annotated[Path | None, typer.Option("--file", help="A text file with one; - is standard input.")]
@@ -153,9 +156,10 @@ def warm(
         asked = read_prompt(prompt, file, messages, tokens, [])
         parts = _find(place, asked, model, tokenizer)
         target, part = _target(parts, worker, url or place.gateway)
+        key = os.environ.get(API_KEY, "") if worker is None else ""
         started = time.monotonic()
         with Console(stderr=True).status(f"computing {part.tokens} tokens …"):
-            answer = _compute(target, asked, part.group[0].info.model, timeout)
+            answer = _compute(target, asked, part.group[0].info.model, timeout, key)
         with Console(stderr=True).status("waiting until they are stored …"):
             rows = _stored(place, part, worker, started + timeout)
         usage = answer.get("usage") or {}
@@ -275,7 +279,7 @@ def _target(parts: Sequence[Found], worker: str | None, gateway: str) -> tuple[s
     raise UsageError(f"no worker {worker!r} serves this model; there are: {known}")
 
 
-def _compute(url: str, asked: Prompt, model: str, timeout: float) -> dict[str, Any]:
+def _compute(url: str, asked: Prompt, model: str, timeout: float, key: str) -> dict[str, Any]:
     """One token of the prompt's answer: the least that computes all of the prompt.  Raises LaunchError."""
     path = "/v1/chat/completions" if asked.chat else "/v1/completions"
     body = {
@@ -284,12 +288,15 @@ def _compute(url: str, asked: Prompt, model: str, timeout: float) -> dict[str, A
     body |= {"model": model, "max_tokens": 1, "stream": False}
     body.pop("max_completion_tokens", None)
     try:
-        reply = httpx.post(url.rstrip("/") + path, json=body, timeout=timeout, trust_env=False)
+        known = {"authorization": f"Bearer {key}"} if key else None
+        reply = httpx.post(url.rstrip("/") + path, json=body, headers=known, timeout=timeout, trust_env=False)
         answer = reply.json()
     except httpx.HTTPError as exc:
         raise LaunchError(f"no answer from {url} ({type(exc).__name__})") from None
     except ValueError:
         raise LaunchError(f"{url} answered {reply.status_code} and no JSON") from None
+    if reply.status_code == httpx.codes.UNAUTHORIZED:
+        raise LaunchError(f"{url} asks for an API key: set {API_KEY} to one that is not isolated")
     if reply.status_code != httpx.codes.OK:
         said = (answer.get("error") or {}).get("message", "") if isinstance(answer, dict) else ""
         raise LaunchError(f"{url} answered {reply.status_code}: {said}")

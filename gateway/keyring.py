@@ -35,6 +35,7 @@ PREFIX = "cairn-"
 POLL_SECONDS = 1.0
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEY_BYTES = 32
+_MOST = 10**12  # what Redis, Lua and JSON all count exactly
 
 
 class Key(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -59,8 +60,10 @@ class Key(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields
             raise ValueError("a tenant's name is up to 64 letters, digits, dots, dashes and underscores")
         if min(self.rpm, self.tpm, self.concurrency, self.tokens_per_month, self.expires) < 0:
             raise ValueError("a limit cannot be negative")
-        if not self.weight > 0:
-            raise ValueError("a weight must be above 0")
+        if max(self.rpm, self.tpm, self.concurrency, self.tokens_per_month) > _MOST:
+            raise ValueError("a limit is at most 10^12; 0 is none")
+        if not 0 < self.weight <= _MOST:
+            raise ValueError("a weight must be above 0, and at most 10^12")
 
     @property
     def name(self) -> str:

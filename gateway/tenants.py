@@ -221,11 +221,14 @@ class Tenants:
 
 
 def answer_tokens(ask: Asked) -> int | None:
-    """The most tokens an answer may have, all choices together; None where the request does not say."""
+    """The most tokens an answer may have, all choices to all prompts together; None where the request does not
+    say."""
     named = (ask.max_completion_tokens, ask.max_tokens, ask.max_output_tokens)
     asked = [number for number in named if type(number) is int and number > 0]
     choices = ask.n if type(ask.n) is int and ask.n > 0 else 1
-    return min(max(asked), _MAX_ANSWER_TOKENS) * min(choices, _MAX_CHOICES) if asked else None
+    prompt = getattr(ask, "prompt", None)  # of a completion: one, as text or ids, or a list of them
+    several = len(prompt) if isinstance(prompt, list) and prompt and type(prompt[0]) is not int else 1
+    return min(max(asked), _MAX_ANSWER_TOKENS) * min(choices, _MAX_CHOICES) * several if asked else None
 
 
 def tokens_used(exchange: Exchange, visit: Visit) -> tuple[int, int]:

@@ -16,9 +16,11 @@ from typer.testing import CliRunner, Result
 
 from cacheengine.keys import ChunkKey, KeyScheme, Namespace
 from cacheengine.wishes import names_of, read
+from gateway.app import create_app
 from gateway.ask import Ask
 from gateway.cache_view import find_roots
 from gateway.cli import app
+from gateway.config import GatewayConfig
 from tests.conftest import ValkeyServer
 from tests.fakes import FakeVLLM, serve, wait_until
 from tests.gateway.cache_rig import MODEL, NS, PAYLOAD, SCHEME, SLOTS, CacheWorker
@@ -262,6 +264,23 @@ def test_warm_computes_the_prompt_and_waits_until_it_is_stored(cairn, start, ids
     path, body = fake.asked[0]
     assert path == "/v1/completions"
     assert json.loads(body) == {"prompt": IDS, "model": MODEL, "max_tokens": 1, "stream": False}
+
+
+def test_warm_shows_the_gateway_a_key_and_workers_none(cairn, start, ids, vllm, tmp_path, monkeypatch):
+    fake, url = vllm
+    start(http=url).hold(KEYS)
+    store = str(tmp_path / "keys.yaml")
+    key = cairn("keys", "create", "--tenant", "ops", "--file", store).stdout.strip()
+    config = GatewayConfig(workers=[f"{MODEL}={url}"], auth="keys", keys_file=store)
+    with serve(create_app(config)) as gateway:
+        said = sentence(cairn("warm", "--tokens", ids, "--url", gateway), 1)
+        assert "asks for an API key: set CAIRN_API_KEY" in said
+        monkeypatch.setenv("CAIRN_API_KEY", key)
+        done = cairn("warm", "--tokens", ids, "--url", gateway)
+        assert done.exit_code == 0, done.output
+        assert cairn("warm", "--tokens", ids, "--worker", "w1").exit_code == 0
+    assert len(fake.asked) == 2
+    assert not any(b"authorization" in heard for heard in fake.headers)
 
 
 def test_warm_can_be_done_by_one_worker(cairn, start, ids, vllm):

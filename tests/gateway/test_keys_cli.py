@@ -64,6 +64,8 @@ def test_keys_in_redis_are_made_listed_and_revoked_and_the_salt_s_secret_stays(v
         (("create", "--tenant", "a b"), "up to 64 letters"),
         (("create", "--tenant", "a", "--expires", "soon"), "--expires takes a number"),
         (("create", "--tenant", "a", "--weight", "0"), "above 0"),
+        (("create", "--tenant", "a", "--weight", "inf"), "at most"),
+        (("create", "--tenant", "a", "--tpm", "1" + 30 * "0"), "at most"),
         (("revoke", "key_none"), "no key is called 'key_none'"),
     ],
 )
