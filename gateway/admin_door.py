@@ -92,6 +92,7 @@ async def listening(app: ASGIApp, config: GatewayConfig) -> AsyncIterator[uvicor
             ws="none",
             access_log=False,
             log_level=config.log_level,
+            log_config=None,  # its lines go where the other server's go
             timeout_graceful_shutdown=_STOP_SECONDS,
             **config.tls(),
         )

@@ -107,9 +107,9 @@ def create_app(
     app.router.routes.extend(table := relayed(dispatcher))
     app.include_router(openai(router, door, config.alias_map(), started=int(time.time())))
     app.include_router(operations(router, health, metrics, siblings))
-    told = (door, config.max_body_bytes, config.admin_token, siblings)
+    told, token = (door, config.max_body_bytes, config.admin_token, siblings), config.admin_token
     pages.include_router(admin(router, dispatcher, health, *told))
-    pages.include_router(dashboard(View(router, health, dispatcher, turns, pulse), config.admin_token))
+    pages.include_router(dashboard(View(router, health, dispatcher, turns, pulse, config.api), token))
     if pages is not app:
         pages.include_router(operations(router, health, metrics, siblings))
     app.router.routes.append(relayed_others(dispatcher))

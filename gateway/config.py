@@ -260,6 +260,13 @@ class GatewayConfig(Config):
         """Where the admin pages are, when they have a port of their own."""
         return self.host if self.admin_token.get_secret_value() else "127.0.0.1"
 
+    @property
+    def api(self) -> dict[str, Any] | None:
+        """Where the API is, for admin pages on a port of their own; host "": where they are."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        here = self.host in ("0.0.0.0", "::")
+        return {"host": "" if here else host, "port": self.port} if self.admin_port and self.port else None
+
     @field_validator("workers")
     @classmethod
     def _name_a_model(cls, workers: list[str]) -> list[str]:

@@ -58,9 +58,16 @@ class View:
     """What the page shows, in plain types.  REQUIRES: used from the gateway's event loop."""
 
     def __init__(
-        self, router: Router, health: Health, dispatcher: Dispatcher, turns: Turns, pulse: Pulse
+        self,
+        router: Router,
+        health: Health,
+        dispatcher: Dispatcher,
+        turns: Turns,
+        pulse: Pulse,
+        api: Mapping[str, Any] | None = None,
     ) -> None:
-        self._router, self._health, self._pulse = router, health, pulse
+        """`api`: host and port of the API, where they are not the page's own."""
+        self._router, self._health, self._pulse, self._api = router, health, pulse, api
         self._dispatcher, self._turns = dispatcher, turns
         self._life = uuid4().hex[:12]  # of this process: its numbers start anew with it
 
@@ -71,6 +78,7 @@ class View:
             "life": self._life,
             "process": os.getpid(),
             "policy": self._router.policy,
+            "api": self._api,
             "headline": {
                 **self._pulse.headline(),
                 "inflight": self._dispatcher.inflight,

@@ -39,6 +39,7 @@ class Account:
     settled: int = 0  # tokens of the minute that Redis has not heard of
     spent: int = 0  # tokens of the month that Redis has not heard of
     month_tokens: int = 0  # of the tenant, as last heard
+    asked: float = 0.0  # monotonic time of `standing`
 
 
 @dataclass(slots=True)
@@ -195,6 +196,7 @@ class Limits:
             tokens = question.tokens
             standing, shared = self._book.ask(account.key.tenant, question, _now_ms()), False
         account.standing, account.month_tokens = standing, standing.month_tokens
+        account.asked = time.monotonic()
         if standing.verdict != Verdict.TAKEN:
             raise refusal(account.key, standing, tokens)
         return Grant(account, tokens, shared)

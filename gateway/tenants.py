@@ -3,6 +3,7 @@
 Made only where keys are asked for; `Everybody` is what stands there otherwise, and does nothing.
 """
 
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -221,8 +222,7 @@ class Tenants:
 
 
 def answer_tokens(ask: Asked) -> int | None:
-    """The most tokens an answer may have, all choices to all prompts together; None where the request does not
-    say."""
+    """The most tokens an answer may have, all choices to all prompts together; None where nobody says."""
     named = (ask.max_completion_tokens, ask.max_tokens, ask.max_output_tokens)
     asked = [number for number in named if type(number) is int and number > 0]
     choices = ask.n if type(ask.n) is int and ask.n > 0 else 1
@@ -270,6 +270,11 @@ def _row(account: Account) -> dict[str, Any]:
         "concurrency": key.concurrency,
         "tokens_per_month": key.tokens_per_month,
         "inflight": account.carried,
-        "requests_left": standing.requests_left,
-        "tokens_left": standing.tokens_left,
+        "requests_left": _by_now(standing.requests_left, key.rpm, account),
+        "tokens_left": _by_now(standing.tokens_left, key.tpm, account),
     }
+
+
+def _by_now(left: int, limit: int, account: Account) -> int:
+    """What was left when the key last asked, and what has drained away since."""
+    return min(limit, left + int((time.monotonic() - account.asked) * limit / 60))

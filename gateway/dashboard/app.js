@@ -73,9 +73,18 @@ function show() {
   views.tenants(usage);
   drawCharts();
   announce();
+  say($("#base"), base(state.api));
   say($("#about"), `policy ${state.policy}`);
   say($("#foot"), `Figures of gateway process ${state.process}, up ${age(state.headline.uptime_seconds)}. Time to first token is what a client waits, without its network. ` +
     "Tiers are those the index named, as far as the worker confirmed; prefill saved is at the worker's measured speed, less the time to load.");
+}
+
+/** Where clients go: beside this page, unless the API has a port of its own. */
+function base(api) {
+  const url = new URL("v1", window.location.href);
+  if (api) url.port = api.port;
+  if (api?.host) url.hostname = api.host;
+  return url.href;
 }
 
 /** Say aloud only what somebody would want to be interrupted for. */
@@ -231,5 +240,4 @@ theme(themes.includes(localStorage.getItem(THEME)) ? localStorage.getItem(THEME)
 $("#theme").addEventListener("click", () =>
   theme(themes[(themes.indexOf(document.documentElement.dataset.theme) + 1) % themes.length]));
 
-say($("#base"), new URL("v1", window.location.href).href);
 poll();

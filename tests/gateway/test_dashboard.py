@@ -7,6 +7,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Route, expect
+from typer.testing import CliRunner
 
 from gateway.app import create_app
+from gateway.cli import app as cli
 from gateway.config import GatewayConfig
 from gateway.dashboard_view import FILES, MAX_PREFIXES, heat
 from loadtests.demo import Worker, fleet, load
 from tests.browser import chromium
 from tests.fakes import FakeVLLM, serve, wait_until
-from tests.servers import Server
+from tests.servers import Server, free_port
 
 pytestmark = pytest.mark.e2e
 
@@ -288,6 +291,50 @@ def test_tenants_are_shown_with_what_they_used_of_their_limits(
     )
     accessible(page)
     picture(page, "tenants")
+
+
+def test_the_rows_of_tenants_are_those_the_gateway_tells_on_a_port_of_its_own(
+    opened: Open, tmp_path: Path
+) -> None:
+    store, port = str(tmp_path / "keys.yaml"), free_port()
+    create = (
+        "keys",
+        "create",
+        "--tenant",
+        "team-a",
+        "--file",
+        store,
+        "--rpm",
+        "2",
+        "--tokens-per-month",
+        "9000",
+    )
+    with ThreadPoolExecutor(1) as away:  # from playwright's event loop
+        made = [away.submit(CliRunner().invoke, cli, create).result().stdout.strip() for _ in range(2)]
+    worker = FakeVLLM()
+    body = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
+    with serve(worker) as at:
+        config = GatewayConfig(
+            workers=[f"fake={at}"], auth="keys", keys_file=store, port=8765, admin_port=port
+        )
+        with serve(create_app(config)) as url:
+            pages = f"http://127.0.0.1:{port}"
+            page = live(opened(pages))
+            expect(page.get_by_text("No request yet.")).to_contain_text("http://127.0.0.1:8765/v1")
+            for key in (*made, made[0], made[0]):
+                known = {"authorization": f"Bearer {key}"}
+                httpx.post(
+                    f"{url}/v1/chat/completions", json=body, headers=known, trust_env=False, timeout=30
+                )
+            told = httpx.get(f"{pages}/admin/tenants", trust_env=False).json()
+            page.reload()
+            row = page.get_by_role("row", name="team-a")
+            expect(row.get_by_role("cell")).to_have_text(
+                ["4", "36", "1", "0", re.compile("[0-3] of 4"), "no limit", "36 of 9,000"], timeout=SECONDS
+            )
+    assert told["tenants"][0]["keys"][0]["tpm"] == 0
+    assert TENANT.keys() == told["tenants"][0].keys()
+    assert TENANT["keys"][0].keys() <= told["tenants"][0]["keys"][0].keys()
 
 
 def poisoned(value: Any) -> Any:

@@ -152,6 +152,7 @@ def _ready(client: httpx.Client) -> bool:
 def test_every_line_of_the_process_is_json_and_one_is_for_each_request(tmp_path: Path) -> None:
     # a collector that is not there is another one that logs
     env = {"CAIRN_LOG_FORMAT": "json", "OTEL_EXPORTER_OTLP_ENDPOINT": refusing_url()}
+    env["CAIRN_ADMIN_PORT"] = str(free_port())  # another server, with the same log
     with serve(FakeVLLM(cached_tokens=7)) as a, process(tmp_path, a, **env) as (client, log):
         for body in (BODY, STREAM, {**BODY, "model": f"x\n{FORGED}"}):
             client.post(CHAT, json=body, headers={"authorization": "Bearer sk-not-for-you"})
