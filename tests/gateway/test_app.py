@@ -373,15 +373,21 @@ def test_whatever_clients_and_workers_do_nothing_stays_held() -> None:
 
 
 @pytest.mark.parametrize("told", ["header", "prompt_cache_key", "user"])
-def test_a_session_stays_with_its_worker_however_it_is_named(told: str) -> None:
+def test_a_session_stays_with_its_worker_however_it_is_named(
+    told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # nobody leaves the ring because this machine is slow, and 24 sessions have one home of four by chance only
+    # once in 4^23, wherever the ports put them
+    monkeypatch.setattr("router.probe.HEALTH_SECONDS", 30.0)
     houses = [FakeVLLM() for _ in range(4)]
     with contextlib.ExitStack() as opened:
         urls = [opened.enter_context(serve(house)) for house in houses]
-        client = opened.enter_context(gateway(*urls, policy="session"))
+        client = opened.enter_context(gateway(*urls, policy="session", connect_timeout_seconds=30))
+        wait_until(lambda: client.get("/health/ready").json()["workers"] == len(houses))
         homes = set()
-        for session in ("one", "two", "three", "four", "five", "six"):
+        for session in (f"session {i}" for i in range(24)):
             seen = set()
-            for n in range(3):
+            for n in range(2):
                 body = {**BODY, "messages": [{"role": "user", "content": f"{session} {n}"}]}
                 named = {} if told == "header" else {told: session}
                 headers = {"x-cairn-explain": "1"} | ({"x-session-id": session} if told == "header" else {})
