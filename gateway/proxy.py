@@ -8,7 +8,7 @@ byte, so until then another worker may be tried.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from starlette.types import Message, Receive, Scope, Send
@@ -168,10 +168,11 @@ class Client:
         return True
 
     async def _hung_up(self) -> None:
-        if self.upload is not None:
-            await self.upload.over.wait()  # until then it is the upload that hears it
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        with suppress(ClientGone):
+            if self.upload is not None:
+                await self.upload.listen()
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
 
 
 @dataclass(frozen=True, slots=True)

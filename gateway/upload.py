@@ -1,18 +1,21 @@
 """A multipart body on its way through: as much of it as tells the model is read, the rest is streamed.
 
 The worker's framework parses with the same library, so both see the same parts.  Memory is flat: beyond what
-is held until the `model` field is found, one read of the client at a time.
+is held until the `model` field is found, one read of the client at a time; and AHEAD_BYTES while it waits,
+because a client that is not listened to cannot be heard leaving.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from gateway.errors import BadRequest, BodyTooLarge
+from gateway.errors import BadRequest, BodyTooLarge, GatewayError
 
+AHEAD_BYTES = 256 << 10  # read before the worker asks for them
 MAX_BYTES = 256 << 20  # of an upload; vLLM has its own limit, 25 MB of audio by default
 _LONGEST_NAME = 1024  # bytes of a model's name; more is no name
 _MOST_PARTS = 2000  # a worker's Starlette takes 1,000 fields and 1,000 files; each costs the loop some 40 µs
@@ -21,7 +24,8 @@ Part = tuple[bytes, bool]  # bytes of the body, and whether more will come
 
 
 class Upload:
-    """REQUIRES: one reader.  `receive` raises what ends the request when the client leaves."""
+    """REQUIRES: one reader, and one that listens.  `receive` raises what ends the request when the client
+    leaves."""
 
     def __init__(
         self,
@@ -43,6 +47,10 @@ class Upload:
         self.over = asyncio.Event()  # nobody reads the client's body any more
         self._receive, self._limit = receive, limit
         self._held, self._more, self._size = b"", True, 0
+        self._ahead: deque[bytes] = deque()
+        self._wrong: GatewayError | None = None  # what listen() met, for the reader
+        self._turn = asyncio.Lock()  # to receive
+        self._read = False  # the reader has begun
         self._expected: str | None = None
         self._delimiter = b"\r\n--" + options[b"boundary"]
         self._fields = _Fields(options[b"boundary"])
@@ -70,15 +78,47 @@ class Upload:
             self._held = renamed
         self._expected = served
 
+    async def listen(self) -> None:
+        """Until nobody reads the client's body any more; reads on itself before the reader begins, as far as
+        AHEAD_BYTES.  Raises what `receive` raises."""
+        ahead = 0
+        while self._more and not self._read and ahead < AHEAD_BYTES:
+            async with self._turn:
+                try:
+                    part = await self._part()
+                except GatewayError as exc:
+                    self._wrong = exc
+                    break
+                self._ahead.append(part)
+                ahead += len(part)
+        if self._more or self._wrong:
+            await self.over.wait()
+
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """The body for the worker, once.  Raises as look() does."""
+        self._read = True
         try:
             held, self._held = self._held, b""
             yield held
-            while self._more:
-                yield await self._part()
+            while part := await self._next():
+                yield part
         finally:
             self.over.set()
+
+    async def _next(self) -> bytes:
+        """b"" at the end."""
+        async with self._turn:
+            while True:
+                if self._ahead:
+                    part = self._ahead.popleft()
+                elif self._wrong is not None:
+                    raise self._wrong
+                elif self._more:
+                    part = await self._part()
+                else:
+                    return b""
+                if part:
+                    return part
 
     async def _part(self) -> bytes:
         part, self._more = await self._receive()

@@ -376,8 +376,8 @@ def test_whatever_clients_and_workers_do_nothing_stays_held() -> None:
 def test_a_session_stays_with_its_worker_however_it_is_named(
     told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # nobody leaves the ring because this machine is slow, and 24 sessions have one home of four by chance only
-    # once in 4^23, wherever the ports put them
+    # nobody leaves the ring because this machine is slow, and 24 sessions have one home of four by chance
+    # only once in 4^23, wherever the ports put them
     monkeypatch.setattr("router.probe.HEALTH_SECONDS", 30.0)
     houses = [FakeVLLM() for _ in range(4)]
     with contextlib.ExitStack() as opened:

@@ -1,15 +1,21 @@
 """Multipart bodies on their way through: the model is found, the rest is streamed."""
 
+import asyncio
 import os
 import resource
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.fakes import serve, wait_until
+from gateway.errors import BadRequest
+from gateway.upload import AHEAD_BYTES, Part, Upload
+from tests.fakes import FakeVLLM, serve, wait_until
+from tests.gateway.test_app import metric, quiet
 from tests.gateway.test_endpoints import AUDIO, Scribe, gateway
+from tests.gateway.test_patience import held
 
 pytestmark = pytest.mark.e2e
 
@@ -125,3 +131,66 @@ def test_a_client_that_leaves_in_mid_upload_leaves_nothing_behind() -> None:
             httpx.post(f"{client.base_url}{AUDIO}", content=body(), headers=KIND)
         wait_until(lambda: client.get("/admin/workers").json()["inflight"] == 0)
     assert scribe.heard == []
+
+
+def test_who_hangs_up_while_its_upload_waits_leaves_the_queue() -> None:
+    body = part("model", b"fake") + sound(bytes(30_000)) + END
+    head = f"POST {AUDIO} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+    head += f"content-type: {KIND['content-type']}\r\n\r\n"
+    with (
+        serve(slow := FakeVLLM(tokens=10_000, gap=0.01)) as url,
+        gateway(f"fake={url}", worker_seats=1) as client,
+    ):
+        with held(client):
+            for whole in (body, body[:-1]):
+                with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as caller:
+                    caller.sendall(head.encode() + whole)
+                    wait_until(lambda: metric(client, "cairn_gateway_queue_requests") == 1)
+                wait_until(lambda: metric(client, "cairn_gateway_queue_requests") == 0)
+        wait_until(lambda: quiet(client))
+    assert [path for path, _ in slow.asked] == ["/v1/chat/completions"]
+
+
+class Caller:
+    """Sends a body part by part, and stays."""
+
+    def __init__(self, *parts: bytes) -> None:
+        self.parts, self.sent, self.busy = parts, 0, False
+
+    async def receive(self) -> Part:
+        assert not self.busy, "two at once"
+        self.busy = True
+        await asyncio.sleep(0)
+        self.busy = False
+        self.sent += 1
+        return self.parts[self.sent - 1], self.sent < len(self.parts)
+
+
+async def waited(caller: Caller, turns: int) -> bytes:
+    """The body as the worker gets it, after so many turns of the loop in the queue."""
+    upload = Upload(KIND["content-type"].encode(), None, caller.receive)
+    await upload.look(MIB)
+    upload.decide("fake")
+    ears = asyncio.create_task(upload.listen())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    assert caller.sent < len(caller.parts) or sum(map(len, caller.parts)) < 2 * AHEAD_BYTES
+    try:
+        return b"".join([part async for part in upload])
+    finally:
+        await asyncio.wait_for(ears, 60)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 8, 1000])
+@pytest.mark.parametrize("parts", [1, 3, 100])
+def test_what_was_read_while_it_waited_reaches_the_worker_in_its_place(turns: int, parts: int) -> None:
+    file = os.urandom(parts * 10_000)
+    body = part("model", b"fake") + sound(file) + END
+    cuts = [body[at : at + 10_000] for at in range(0, len(body), 10_000)]
+    assert asyncio.run(waited(Caller(*cuts), turns)) == body
+
+
+@pytest.mark.parametrize("turns", [0, 1000])
+def test_what_is_wrong_with_an_upload_is_told_to_who_reads_it(turns: int) -> None:
+    with pytest.raises(BadRequest, match="`model` field once"):
+        asyncio.run(waited(Caller(part("model", b"fake"), part("model", b"other"), END), turns))
