@@ -6,7 +6,6 @@ Labels are bounded: models and workers are those the fleet registry knows, never
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any, Self
 
@@ -130,9 +129,8 @@ class Metrics:
 
     def left(self, worker_id: str) -> None:
         """Labels of a worker that is gone go too: names of pods never come back."""
-        for counter in (self.predicted_hit, self.actual_hit):
-            with suppress(KeyError):
-                counter.remove(worker_id)
+        for counter in (self.decisions, self.predicted_hit, self.actual_hit):
+            counter.remove_by_labels({"worker": worker_id})
 
     def tenant_left(self, tenant: str) -> None:
         """Its last key is gone, and its labels go too."""

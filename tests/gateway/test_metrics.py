@@ -96,3 +96,15 @@ def test_a_loop_that_was_held_up_is_seen(metrics: Metrics) -> None:
 
 def test_the_process_itself_is_measured(metrics: Metrics) -> None:
     assert metrics.registry.get_sample_value("process_resident_memory_bytes")
+
+
+def test_a_worker_that_left_leaves_no_labels(metrics: Metrics) -> None:
+    for worker in ("w1", "w2"):
+        metrics.decisions.labels("predicted_ttft", "hit", worker).inc()
+        metrics.decisions.labels("prefix_ring", "index_down", worker).inc()
+        metrics.predicted_hit.labels(worker).inc(5)
+        metrics.learned(worker, 5, 5)
+    metrics.left("w1")
+    metrics.left("never-seen")
+    named = {s.labels.get("worker") for family in metrics.registry.collect() for s in family.samples}
+    assert named == {None, "w2"}
