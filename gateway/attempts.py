@@ -66,10 +66,13 @@ class Attempts:
         raise failure
 
     def _usable(self, model: str, placements: Sequence[Placement]) -> Iterator[Placement]:
-        """Those whose worker is not out at the moment it is needed; the first, where all are."""
+        """Those whose worker is not out at the moment it is needed, and still takes traffic when others were
+        tried first; the first, where all are out."""
         tried = False
         for placement in placements:
-            if placement.worker.id not in self._health.out(self._router.registry.workers_for(model)):
+            workers, worker = self._router.registry.workers_for(model), placement.worker
+            here = not tried or any((w.id, w.url) == (worker.id, worker.url) for w in workers)
+            if here and worker.id not in self._health.out(workers):
                 tried = True
                 yield placement
         if not tried:

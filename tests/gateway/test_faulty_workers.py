@@ -1,11 +1,14 @@
 """Workers that misbehave for longer than one request: who gets the next ones, and who does not."""
 
+import asyncio
 import contextlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import pytest
@@ -16,7 +19,7 @@ from gateway.health import FAULTS_IN_A_ROW
 from tests.conftest import ValkeyServer
 from tests.fakes import FakeVLLM, serve, slamming, wait_until
 from tests.gateway.test_app import BODY, CHAT, STREAM, gateway, metric, quiet
-from tests.gateway.test_patience import sent
+from tests.gateway.test_patience import in_background, sent
 
 pytestmark = pytest.mark.e2e
 
@@ -252,3 +255,31 @@ def test_a_server_that_freezes_behind_a_fresh_lease_is_found_out(
                 os.kill(pid, signal.SIGCONT)
                 wait_until(lambda: state_of(client, "frozen")[0] == "ready", 60)
             wait_until(lambda: quiet(client))
+
+
+@dataclass
+class Dying(FakeVLLM):
+    """Breaks off when it is told to, and before its first word."""
+
+    told: bool = False
+
+    async def _generate(self, ask: dict[str, Any], send: Any) -> None:
+        while not self.told:
+            await asyncio.sleep(0.005)
+        self.die_after = 0
+        await super()._generate(ask, send)
+
+
+def test_a_retry_does_not_go_to_a_worker_that_was_drained_meanwhile() -> None:
+    houses = [Dying(), Dying()]
+    with serve(houses[0]) as a, serve(houses[1]) as b, gateway(a, b) as client:
+        replies: list[httpx.Response] = []
+        waiting = in_background(client, replies, stream=True)
+        wait_until(lambda: houses[0].running + houses[1].running)
+        other = b if houses[0].running else a
+        assert client.post(f"/admin/workers/{other[7:]}/drain").status_code == 200
+        for house in houses:
+            house.told = True
+        waiting.join()
+        assert [reply.status_code for reply in replies] == [502]
+        assert sum(len(house.asked) for house in houses) == 1
