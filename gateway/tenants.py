@@ -16,6 +16,7 @@ from gateway.ask import Asked, spliced
 from gateway.auth import Auth, without_credentials
 from gateway.errors import BadRequest, TooMany, Unauthorized
 from gateway.exchange import Exchange, Prompt
+from gateway.keepalive import COMMENT
 from gateway.keyring import ANONYMOUS, Key, Keyring
 from gateway.limits import Account, Limits, Visit, duration
 from gateway.metrics import Metrics
@@ -205,7 +206,8 @@ class Tenants:
                 theirs = (header for header in message.get("headers", ()) if header[0] not in names)
                 message["headers"] = [*theirs, *ours]
             else:
-                visit.events += message.get("body", b"").count(b"\n\n")
+                body = message.get("body", b"")
+                visit.events += body.count(b"\n\n") if body != COMMENT else 0
                 if visit.grant is not None and not message.get("more_body", False):
                     self._limits.leave(visit.grant)  # before the caller can come back
             await send(message)

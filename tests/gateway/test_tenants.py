@@ -164,6 +164,16 @@ def test_tokens_are_taken_as_an_estimate_and_settled_with_what_was_used(where, w
         assert row["refused"] == {"tokens": 1}
 
 
+def test_comments_in_silence_are_no_tokens(where, worker, worker_url, keys_file) -> None:
+    key = create(where, "--tenant", "a")
+    worker.gaps, worker.die_after = [0.5], 2
+    with gateway(worker_url, keys_file=str(keys_file), keepalive_seconds=0.05) as client:
+        said = client.post(CHAT, json={**BODY, "stream": True}, headers=bearer(key)).text
+        assert said.count(": keepalive") > 1
+        wait_until(lambda: usage(client)["requests"] == 1)
+        assert usage(client)["completion_tokens"] == 2
+
+
 @pytest.mark.parametrize(
     ("prompt", "prompts"), [("a", 1), ([5, 6], 1), (["a", "b"], 2), ([[5], [6], [7]], 3)]
 )
