@@ -119,7 +119,13 @@ class Client:
 
     async def _comment(self) -> None:
         if not self.status:
-            await self._head(200, [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")])
+            try:
+                await self._head(
+                    200, [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
+                )
+            except asyncio.CancelledError:  # behind an earlier answer that is not yet read: nothing was said
+                self.status, self.streams = 0, False
+                raise
         await self.write(COMMENT)
 
     async def write(self, chunk: bytes) -> None:

@@ -1,6 +1,8 @@
 import asyncio
+from typing import Any
 
 from gateway.keepalive import Keepalive
+from gateway.proxy import Client
 
 
 def test_no_task_exists_before_the_first_comment_is_due() -> None:
@@ -51,5 +53,25 @@ def test_a_client_that_does_not_read_does_not_hold_up_the_end() -> None:
         keepalive = Keepalive(say, 0.001)
         await asyncio.wait_for(blocked.wait(), 30)
         await asyncio.wait_for(keepalive.stop(), 30)
+
+    asyncio.run(test())
+
+
+def test_a_head_that_could_not_be_said_yet_is_said_with_the_answer() -> None:
+    async def test() -> None:
+        blocked, said = asyncio.Event(), list[Any]()
+
+        async def send(message: Any) -> None:
+            if not blocked.is_set():  # an earlier answer on this connection is still unread
+                blocked.set()
+                await asyncio.Event().wait()
+            said.append(message["type"])
+
+        client = Client({"headers": []}, None, send)  # type: ignore[arg-type]
+        client.keep_alive(0.001)
+        await asyncio.wait_for(blocked.wait(), 30)
+        await client.start(200, [(b"content-type", b"text/event-stream")])
+        await client.finish(b"data: [DONE]\n\n")
+        assert said == ["http.response.start", "http.response.body"]
 
     asyncio.run(test())
