@@ -12,6 +12,7 @@ import contextlib
 import gc
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -120,8 +121,17 @@ async def run(serving: Server, sockets: list[socket.socket], life: int, grace_se
     await serving.serve(sockets)
 
 
+def _many_files() -> None:
+    """As many as we may have: each request has a socket on either side, and a process that runs out of them
+    takes every worker for one that cannot be reached."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def main() -> None:
     told = json.loads(sys.argv[1])
+    _many_files()
     flags = dict(told["flags"])
     try:
         config = GatewayConfig.load(flags.pop("config", None), **flags)

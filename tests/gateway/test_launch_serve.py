@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -235,3 +236,14 @@ def process(folder: Path, knobs: dict[str, object]) -> Iterator[str]:
         finally:
             running.terminate()
             running.wait(60)
+
+
+def test_a_shell_s_limit_of_open_files_is_not_ours(tmp_path: Path) -> None:
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, most), most))
+    try:
+        with serve(FakeVLLM()) as url, started(tmp_path, f"fake={url}") as gateway:
+            told = [resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in gateway.serving()]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
+    assert told == [(most, most)]
