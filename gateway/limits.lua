@@ -5,7 +5,8 @@
 --          of the tenant `m`, a month and its tokens ("2026-01 12345")
 -- ARGV[1]  JSON: key; gateway, carried (requests of the key it carries, this one included), lease (ms);
 --          rpm, tpm, concurrency, budget (0: no limit); take (is there a request?), tokens (its estimate);
---          settled, spent (tokens to add to the minute and the month); month; now (ms; tests only)
+--          settled, spent (tokens to add to the minute and the month); month, known (what the gateway was last
+--          told of it: a Redis that lost its memory is told again); now (ms; tests only)
 -- Returns  {verdict, ms to wait, requests left, ms until all are, tokens left, ms until all are, of the month}
 --          verdict 0: taken; else nothing was taken, and what is short: 1 the month, 2 places, 3 requests,
 --          4 tokens, 5 tokens for ever
@@ -36,10 +37,11 @@ for gateway, row in pairs(carriers) do
   if row[2] <= now then carriers[gateway] = nil
   elseif gateway ~= ask.gateway then others = others + row[1] end
 end
-local month, spent = ask.month, ask.spent
+local month, spent = ask.month, ask.spent + ask.known
 if held[4] then
-  local known, amount = string.match(held[4], '^(%S+) (%S+)$')
-  if known >= month then month, spent = known, spent + tonumber(amount) end
+  local of, amount = string.match(held[4], '^(%S+) (%S+)$')
+  if of > month then month, spent = of, ask.spent + tonumber(amount)
+  elseif of == month then spent = ask.spent + math.max(ask.known, tonumber(amount)) end
 end
 
 local verdict, pause, carried = 0, 0, ask.carried

@@ -40,6 +40,7 @@ class Account:
     spent: int = 0  # tokens of the month that Redis has not heard of
     month_tokens: int = 0  # of the tenant, as last heard
     asked: float = 0.0  # monotonic time of `standing`
+    heard: tuple[str, int] = ("", 0)  # what Redis last said: a month, and the tenant's tokens in it
 
 
 @dataclass(slots=True)
@@ -208,6 +209,7 @@ class Limits:
         question = self._question(account, account.key.rpm, account.key.tpm, account.key.concurrency)
         question.take, question.tokens = take, tokens
         question.settled, question.spent = account.settled, account.spent
+        question.known = account.heard[1] if account.heard[0] == question.month else 0
         account.settled = account.spent = 0
         try:
             standing = await self._script.ask(account.key.tenant, question)
@@ -217,6 +219,7 @@ class Limits:
                 account.spent += question.spent
             raise
         account.month_tokens = standing.month_tokens
+        account.heard = (question.month, standing.month_tokens)
         self._book.knew(account.key.tenant, question.month, standing.month_tokens)
         return standing
 

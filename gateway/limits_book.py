@@ -37,6 +37,7 @@ class Question(msgspec.Struct, omit_defaults=False):
     tokens: int = 0
     settled: int = 0
     spent: int = 0
+    known: int = 0
     now: float | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -91,9 +92,11 @@ class Book:
         tokens = max(0.0, _used(held.tokens.get(q.key), q.tpm, now) + q.settled)
         carriers = {name: row for name, row in held.carriers.get(q.key, {}).items() if row[1] > now}
         others = sum(count for name, (count, _) in carriers.items() if name != q.gateway)
-        month, spent = q.month, q.spent
-        if held.month >= month:
-            month, spent = held.month, spent + held.spent
+        month, spent = q.month, q.spent + q.known
+        if held.month > month:
+            month, spent = held.month, q.spent + held.spent
+        elif held.month == month:
+            spent = q.spent + max(q.known, held.spent)
 
         verdict, pause, carried = Verdict.TAKEN, 0, q.carried
         if q.take:

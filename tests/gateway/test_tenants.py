@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from gateway.app import create_app
 from gateway.cli import app as cli
 from gateway.config import GatewayConfig
+from gateway.limits_redis import GATEWAYS
 from tests.conftest import ValkeyServer
 from tests.fakes import FakeVLLM, serve, wait_until
 
@@ -42,7 +43,9 @@ def bearer(key: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def gateway(worker: str, **knobs: Any) -> Iterator[httpx.Client]:
-    config = GatewayConfig(workers=[f"fake={worker}"], auth="keys", index_deadline_ms=PATIENT, **knobs)
+    config = GatewayConfig(
+        **{"workers": [f"fake={worker}"], "auth": "keys", "index_deadline_ms": PATIENT, **knobs}
+    )
     with serve(create_app(config)) as url, httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
         yield client
 
@@ -290,6 +293,29 @@ def test_two_gateways_share_one_limit_and_hear_of_a_revoked_key(worker_url, valk
             wait_until(lambda each=each: each.get("/v1/models", headers=bearer(key)).status_code == 401, 30)
         with valkey.frozen():
             assert one.get("/v1/models", headers=bearer(key)).status_code == 401
+
+
+def test_while_redis_hangs_each_of_two_gateways_lets_half_of_the_limit_in(
+    worker_url, valkey: ValkeyServer
+) -> None:
+    key = create(("--redis-url", valkey.url), "--tenant", "a", "--rpm", "6")
+
+    def beats() -> dict[bytes, float]:
+        with valkey.client() as client:
+            return dict(client.zrange(GATEWAYS, 0, -1, withscores=True))
+
+    hasty = {"redis_url": valkey.url, "index_deadline_ms": 300}
+    with gateway(worker_url, **hasty) as one, gateway(worker_url, **hasty) as two:
+        assert shared(one, two, key)
+        wait_until(lambda: len(beats()) == 2, 60)
+        both = beats()
+        wait_until(lambda: all(beats()[name] > until for name, until in both.items()), 60)
+        with valkey.frozen():
+            for each in (one, two):
+                said = [each.post(CHAT, json=BODY, headers=bearer(key)).status_code for _ in range(6)]
+                assert 3 <= said.count(200) <= 5, "3, and what drains away meanwhile on a slow machine"
+                assert set(said) == {200, 429}
+                assert each.get("/admin/tenants").json()["shared"] is False
 
 
 def test_an_isolated_tenant_has_the_same_salt_at_every_gateway_and_after_the_next_key(
