@@ -19,7 +19,7 @@ when the lease expires or the epoch rises they are invisible at once; they are s
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from cacheengine.config import ConfigError
 from cacheengine.keys import ChunkKey, Namespace
@@ -95,7 +95,7 @@ class WorkerInfo:
     def parse(cls, held: Mapping[str, str]) -> Self:
         """Inverse of fields(); extra fields (the heartbeat) are ignored.  Raises ValueError, also for a
         missing field."""
-        given: dict[str, object] = {}
+        given: dict[str, Any] = {}
         for name in _INFO_FIELDS:
             if name not in held:
                 raise ValueError(f"lease has no field {name!r}")
@@ -104,7 +104,7 @@ class WorkerInfo:
                 given[name] = tuple(part for part in text.split(",") if part)
             else:
                 given[name] = int(text) if name in _INTS else text
-        return cls(**given)  # type: ignore[arg-type]
+        return cls(**given)
 
 
 _INFO_FIELDS = tuple(f.name for f in fields(WorkerInfo))

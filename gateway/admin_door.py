@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import hmac
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -66,7 +66,7 @@ class _Server(uvicorn.Server):
     """Beside another server, which has the signals."""
 
     @contextlib.contextmanager
-    def capture_signals(self):  # type: ignore[no-untyped-def]  # as uvicorn declares it
+    def capture_signals(self) -> Generator[None, None, None]:
         yield
 
 
