@@ -146,23 +146,12 @@ class CacheConfig(Config):
     redis_timeout_ms: Positive = Field(
         500, description="Deadline of one Redis operation in milliseconds; later is a miss."
     )
-    io_threads: Positive = Field(
-        2, description="Threads that move chunks, kept off the core of the model thread."
-    )
-    write_queue_chunks: Positive = Field(
-        256,
-        description="Chunks that may wait for the disk or Redis; beyond it writes are dropped and counted.",
-    )
-    write: Literal["auto", "behind", "idle", "on_evict"] = Field(
+    write: Literal["auto", "behind", "idle", "on_evict", "second_hit"] = Field(
         "auto",
         description="When chunks go to the disk and Redis: behind the compute, in idle moments, or when the "
-        "host tier runs full. Chunks that were used again do not wait for idle moments. auto: idle where "
-        "the CPU computes, behind elsewhere.",
-    )
-    admit: Literal["always", "second_hit"] = Field(
-        "always",
-        description="Which chunks go to the disk and Redis: all, or those used again since they were stored. "
-        "second_hit spares a disk or a network that most prompts never read from.",
+        "host tier runs full. Chunks that were used again do not wait for idle moments; with second_hit they "
+        "are the only ones, which spares a disk or a network that most prompts never read from. auto: idle "
+        "where the CPU computes, behind elsewhere.",
     )
     loading: Literal["quicker", "always"] = Field(
         "quicker",
@@ -186,14 +175,6 @@ class CacheConfig(Config):
         description="Chunks unused for so many seconds leave the host and disk tiers; 0 keeps them until "
         "room is needed. A restart counts anew, for everything on disk that was not overwritten; what must "
         "not come back is cleared (`cairn clear`). Redis has its own, redis_ttl_seconds.",
-    )
-    index_ttl_seconds: Positive = Field(
-        1800, description="Expiry of a chunk's index entry in seconds; re-announced before that."
-    )
-    lease_seconds: Positive = Field(
-        6,
-        description="A silent worker is forgotten after this many seconds; it beats three times as often, "
-        "and four times a second while it has requests.",
     )
     worker_id: str = Field(
         "", description="Stable name of this worker; names its disk folder too. Empty: host name and port."

@@ -54,6 +54,9 @@ from router.trust import Trust
 
 log = logging.getLogger(__name__)
 
+# For long prompts; short ones are tokenized where they arrive.  Whoever needs more threads needs `processes`.
+_TOKENIZER_THREADS = 2
+
 
 def create_app(
     config: GatewayConfig,
@@ -67,19 +70,18 @@ def create_app(
     to workers; `tracer` is closed with the rest; processes of one gateway share a `board` and know their
     `siblings`.  Raises OSError for a workers_ca that cannot be read."""
     metrics = Metrics(CollectorRegistry())
-    pool = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="cairn-tokenize")
+    pool = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="cairn-tokenize")
     carrier, http = _carriers(config, transport)
     fleet, orders, index = _redis(config)
     board, trust, health = board or LoadBoard(), Trust(), Health()
     registry = _registry(config, http, fleet, orders, board, trust, health, metrics)
     router = _router(config, registry, board, index, trust, health, metrics)
-    handshake = Handshake(registry, http, pool, metrics, config.tokenizer_path, config.tokenizer_memo_bytes)
+    handshake = Handshake(registry, http, pool, metrics, config.tokenizer_path)
     prompts = Prompts(registry, handshake, pool, config.alias_map())
     attempts = Attempts(config, router, carrier, health, metrics)
     watch = Watch(registry, board, health, Probe(http), config.wedge_seconds)
     turns, pulse, door = _turns(config, registry, metrics), Pulse(), _door(config, metrics)
-    log_line = [request_line] if config.log_requests else []
-    ended = [door.ended, metrics.ended, pulse.ended, tracer.ended, *log_line]
+    ended = [door.ended, metrics.ended, pulse.ended, tracer.ended, request_line]
     dispatcher = Dispatcher(config, router, prompts, turns, attempts, door, metrics, tracer, ended)
 
     @contextlib.asynccontextmanager

@@ -36,6 +36,14 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _parse(text: str) -> StaticWorker | Source:
+    """A worker, or where to look for some.  Raises ValueError as parse_worker() does."""
+    if text.startswith("file:///"):
+        return WorkersFile(text.removeprefix("file://"))
+    worker = parse_worker(text)
+    return Dns(worker) if isinstance(worker, DnsName) else worker
+
+
 class GatewayConfig(Config):
     """Knobs of one gateway process."""
 
@@ -93,19 +101,15 @@ class GatewayConfig(Config):
     redis_url: str = Field(
         "",
         description="Redis or Valkey with the fleet registry and the chunk index (redis://, rediss://, "
-        "unix://, redis-sentinel:// or redis-cluster://); empty: only `workers` and `workers_file`, routed "
+        "unix://, redis-sentinel:// or redis-cluster://); empty: only `workers`, routed "
         "by load and consistent hashing. Put it in CAIRN_REDIS_URL, not in argv, when it holds a password.",
     )
     workers: Annotated[list[str], BeforeValidator(_split)] = Field(
         default_factory=list,
         description="Workers that do not register themselves, as `model=http://host:port`, or "
         "`model=dns://host:port` for every address of a name (of one family where it has both), asked again "
-        "every 5 s (comma separated in the environment). Leave it alone when workers use Cairn's connector.",
-    )
-    workers_file: str = Field(
-        "",
-        description="A YAML or JSON list of `model=http://host:port`, read again whenever it changes. "
-        "Leave it alone when workers use Cairn's connector.",
+        "every 5 s, or `file:///path` for a YAML or JSON list of the first kind, read again whenever it "
+        "changes (comma separated in the environment). Leave it alone when workers use Cairn's connector.",
     )
     aliases: Annotated[list[str], BeforeValidator(_split)] = Field(
         default_factory=list,
@@ -137,14 +141,6 @@ class GatewayConfig(Config):
         "",
         description="Folder with tokenizer.json and the chat template; empty: the path each worker tells. "
         "Leave it alone unless the gateway sees the model under another path.",
-    )
-    tokenizer_threads: Positive = Field(
-        2, description="Threads that render and tokenize long prompts. Leave it alone up to four cores."
-    )
-    tokenizer_memo_bytes: ByteSize = Field(
-        ByteSize(64 << 20),
-        description="Memory for token ids of chat turns seen before, in bytes per model. "
-        "Leave it alone unless thousands of long conversations are alive at once.",
     )
     max_body_bytes: ByteSize = Field(
         ByteSize(16 << 20),
@@ -231,15 +227,12 @@ class GatewayConfig(Config):
         "Leave it alone unless Redis is more than a switch away.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe line that is logged."
+        "info",
+        description="Least severe line that is logged. `info` has one for each request when it is over; "
+        "`warning` where spans or metrics suffice and the log is paid by volume.",
     )
     log_format: Literal["text", "json"] = Field(
         "text", description="How lines of the log are written. `json` where a collector parses them."
-    )
-    log_requests: bool = Field(
-        True,
-        description="One `info` line for each request when it is over. Turn it off where spans or metrics "
-        "suffice and the log is paid by volume.",
     )
 
     @model_validator(mode="after")
@@ -271,7 +264,7 @@ class GatewayConfig(Config):
     @classmethod
     def _name_a_model(cls, workers: list[str]) -> list[str]:
         for worker in workers:
-            parse_worker(worker)
+            _parse(worker)
         return workers
 
     @field_validator("tls_key", "tls_client_ca")
@@ -298,13 +291,11 @@ class GatewayConfig(Config):
 
     def static_workers(self) -> list[StaticWorker]:
         """Those of `workers` that have an address."""
-        return [worker for worker in map(parse_worker, self.workers) if isinstance(worker, StaticWorker)]
+        return [worker for worker in map(_parse, self.workers) if isinstance(worker, StaticWorker)]
 
     def sources(self) -> list[Source]:
         """Where else workers are looked for."""
-        names = [worker for worker in map(parse_worker, self.workers) if isinstance(worker, DnsName)]
-        files = [WorkersFile(self.workers_file)] if self.workers_file else []
-        return [*files, *map(Dns, names)]
+        return [source for source in map(_parse, self.workers) if not isinstance(source, StaticWorker)]
 
     def tls(self) -> dict[str, Any]:
         """Of listeners, as uvicorn names its settings; nothing without a certificate."""

@@ -45,11 +45,10 @@ class Handshake:
         pool: Executor,
         metrics: Metrics,
         path: str,
-        memo_bytes: int,
     ) -> None:
-        """`path` overrides the model path that workers announce; `memo_bytes` is per model."""
+        """`path` overrides the model path that workers announce."""
         self._registry, self._http, self._pool, self._metrics = registry, http, pool, metrics
-        self._path, self._memo_bytes = path, memo_bytes
+        self._path = path
         self._tokenizers: dict[str, ModelTokenizer | None] = {}  # by folder; None: cannot be read
         self._loading = asyncio.Lock()  # two workers of one model: one load
         self._met: set[tuple[str, str, int]] = set()  # lives of workers that were asked
@@ -128,7 +127,7 @@ class Handshake:
 
     def _read(self, folder: str) -> ModelTokenizer | None:
         try:
-            tokenizer = ModelTokenizer.load(Path(folder), self._memo_bytes)
+            tokenizer = ModelTokenizer.load(Path(folder))
         except (OSError, ValueError) as exc:
             log.warning("no tokenizer in %r, its requests are routed without keys: %s", folder, exc)
             self._metrics.mismatch.labels("no_tokenizer").inc()

@@ -7,8 +7,7 @@ from typing import Literal
 from cacheengine.plan import HOST, Plan
 from cacheengine.store import Store
 
-Write = Literal["behind", "idle", "on_evict"]
-Admit = Literal["always", "second_hit"]
+Write = Literal["behind", "idle", "on_evict", "second_hit"]
 Work = Literal["prefill", "decode", "nothing"]  # what a step computes
 
 _BATCH = 8  # chunks in a plan: one pipelined write
@@ -21,24 +20,23 @@ _PRESSED = 8  # on_evict: write when less than one in so many host slots is free
 class Demoter:
     """Chunks that were used again are written soon; those that were not, when the mode says so:
 
-    behind    at once, beside the compute
-    idle      while the engine has nothing to run, one a second beside pure decoding, none beside prefill: a
-              workload without reuse pays next to nothing
-    on_evict  when host slots run out (used ones too), oldest first
+    behind      at once, beside the compute
+    idle        while the engine has nothing to run, one a second beside pure decoding, none beside prefill: a
+                workload without reuse pays next to nothing
+    on_evict    when host slots run out (used ones too), oldest first
+    second_hit  never
 
-    With `second_hit` a chunk nobody used again is never written.  `queue` bounds the chunks under way to one
-    tier.
+    `queue` bounds the chunks under way to one tier.
     """
 
     def __init__(
         self,
         store: Store,
         write: Write,
-        admit: Admit,
         queue: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store, self._write, self._admit = store, write, admit
+        self._store, self._write = store, write
         self._queue, self._clock = queue, clock
         self._under_way = dict.fromkeys(store.lower, 0)
         self._next = dict.fromkeys(store.lower, 0.0)  # when a cold chunk may be written beside decoding again
@@ -50,7 +48,7 @@ class Demoter:
         now, plans = self._clock(), []
         for tier, under_way in self._under_way.items():
             quiet = self._quiet(tier, work, now)
-            cold = self._admit == "always" and under_way < quiet
+            cold = self._write != "second_hit" and under_way < quiet
             room = min((quiet if cold else self._queue) - under_way, _BATCH)
             if room > 0 and (plan := self._store.begin_demote(tier, room, cold)):
                 self._under_way[tier] += len(plan.moves)
@@ -72,7 +70,7 @@ class Demoter:
         """There is something to write in the next idle step."""
         if self._write == "on_evict" and not self._pressed():
             return False
-        return any(self._store.backlog(tier, self._admit == "always") for tier in self._under_way)
+        return any(self._store.backlog(tier, self._write != "second_hit") for tier in self._under_way)
 
     def _pressed(self) -> bool:
         used, slots = self._store.fill()[HOST]

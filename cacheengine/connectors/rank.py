@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cacheengine.arena import Arena
 from cacheengine.config import CacheConfig, ConfigError
 from cacheengine.connectors.geometry import compute_cores
-from cacheengine.connectors.tiers import host_slots, lower_tiers
+from cacheengine.connectors.tiers import IO_THREADS, host_slots, lower_tiers
 from cacheengine.connectors.wire import EngineStats, RankWords
 from cacheengine.errors import LayoutMismatch
 from cacheengine.layout import KVLayout
@@ -57,7 +57,7 @@ class RankHalf:
             paged,
             arena,
             self._tiers,
-            io_threads=self._config.io_threads,
+            io_threads=IO_THREADS,
             cores=spare_cores(compute_cores()),
             verify_loads=self._config.verify_loads,
         )

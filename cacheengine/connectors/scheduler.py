@@ -45,6 +45,10 @@ logger = logging.getLogger(__name__)
 
 REDIS_REMEMBERED = 200_000  # chunks we remember having put there; Redis itself is asked before every load
 BUSY_SECONDS = 30.0
+WRITE_QUEUE = 256  # chunks under way to one tier: a bound on what a tier that hangs holds in host memory
+INDEX_TTL_SECONDS = 1800.0  # of an entry, renewed three times in it: less costs Redis, more keeps the dead
+# A silent worker is forgotten after this long.  It beats three times as often, so two beats may be lost.
+LEASE_SECONDS = 6.0
 PATIENCE_FACTOR = 2.0  # a Redis look-up may take this many deadlines before it counts as a miss
 
 
@@ -78,7 +82,7 @@ class SchedulerHalf:
         patience = PATIENCE_FACTOR * config.redis_timeout_ms / 1000
         probe = self._remote.ask if self._remote else nobody
         geometry = Geometry(layout.chunk_tokens, layout.payload_bytes, layout.block_tokens, self._ranks)
-        demoter = Demoter(self.store, write_mode(config), config.admit, config.write_queue_chunks)
+        demoter = Demoter(self.store, write_mode(config), WRITE_QUEUE)
         self.planner = Planner(
             layout.scheme, geometry, self.store, demoter, probe, patience, self._tally, loading=config.loading
         )
@@ -265,8 +269,8 @@ class SchedulerHalf:
         index = IndexWriter(
             config.redis_url,
             info,
-            config.index_ttl_seconds,
-            config.lease_seconds,
+            INDEX_TTL_SECONDS,
+            LEASE_SECONDS,
             self._beat,
             self._inventory,
             wishes=self._wishes,

@@ -20,6 +20,10 @@ from cacheengine.tiers.redis import RedisTier
 from cacheengine.tiers.stats import TierStats
 from cacheengine.tiers.wrap import Breaker
 
+# A rank's loaders, each with a batch of its own: one verifies while the other reads.  The disk tier has
+# threads for each device besides.
+IO_THREADS = 2
+
 
 def host_slots(config: CacheConfig, layout: KVLayout) -> int:
     """Raises ConfigError when not even one chunk fits."""
@@ -100,7 +104,7 @@ def redis_tier(config: CacheConfig, layout: KVLayout, model: str, rank: int, wor
         worker_id(config),
         config.redis_ttl_seconds,
         config.redis_timeout_ms,
-        connections=config.io_threads + 1,  # loaders and one writer
+        connections=IO_THREADS + 1,  # and one writer
         codec=config.redis_codec,
     )
 
@@ -130,4 +134,4 @@ def _encoded(tier: Tier, name: str, config: CacheConfig, layout: KVLayout) -> Ti
     codec = codec_of(name, layout)
     if codec is None:
         return tier
-    return Encoded(tier, codec, layout.payload_bytes, config.io_threads + 1)  # loaders and one writer
+    return Encoded(tier, codec, layout.payload_bytes, IO_THREADS + 1)  # and one writer

@@ -103,7 +103,7 @@ def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
 
 def needed_memory(config: LaunchConfig) -> int:
     """Estimate for the whole stack, in bytes."""
-    worker = WORKER_BYTES + (config.kv_cache_gib - 1) * GIB + int(config.host_bytes)
+    worker = WORKER_BYTES + int(config.host_bytes)
     valkey = 0 if config.redis_url else int(config.redis_bytes)
     return config.worker_count * worker + valkey
 

@@ -60,9 +60,6 @@ class LaunchConfig(Config):
     disk_bytes: ByteSize = Field(
         ByteSize(4 << 30), description="Disk tier of each worker, preallocated, in bytes; 0 turns it off."
     )
-    kv_cache_gib: Positive = Field(
-        1, description="vLLM's own KV cache on the CPU, in GiB per worker. Leave it alone for small models."
-    )
     dtype: str = Field(
         "auto", description="vLLM's --dtype. `auto` is the model's own; float32 makes greedy output exact."
     )

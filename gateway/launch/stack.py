@@ -211,7 +211,6 @@ def worker_specs(config: LaunchConfig, model: Model, redis_url: str) -> list[wor
                 served_name=config.served_model_name or model.name,
                 dtype=config.dtype,
                 max_model_len=length,
-                kv_cache_gib=config.kv_cache_gib,
                 cores=cores[i],
                 redis_url=redis_url,
                 cache=cache,

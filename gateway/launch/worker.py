@@ -19,7 +19,6 @@ class WorkerSpec:
     host: str = "127.0.0.1"
     dtype: str = "auto"
     max_model_len: int = 0  # tokens; 0 leaves it to the model
-    kv_cache_gib: int = 1
     cores: str = ""  # vLLM's core list for OpenMP threads; empty lets vLLM choose
     redis_url: str = ""
     cache: Mapping[str, str | int] = field(default_factory=dict)  # CacheConfig fields, without redis_url
@@ -53,7 +52,7 @@ def environment(spec: WorkerSpec, inherited: Mapping[str, str]) -> dict[str, str
     # one core of the machine stays free for I/O and the scheduler; pinned, because vLLM's own guess depends
     # on whether a connector is configured, and another core count is another rounding
     env.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "1")
-    env.setdefault("VLLM_CPU_KVCACHE_SPACE", str(spec.kv_cache_gib))
+    env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, enough for small models
     # vLLM 0.32 stores its ahead-of-time compiled model on the CPU but cannot load it again, and compiles anew
     env.setdefault("VLLM_USE_AOT_COMPILE", "0")
     if spec.cores:

@@ -50,7 +50,7 @@ class Watch:
 
 def new_planner(chunks: int) -> Planner:
     store = Store({HOST: chunks, DISK: 4 * chunks}, CHUNK // BLOCK)
-    demoter = Demoter(store, "idle", "always", 256)
+    demoter = Demoter(store, "idle", 256)
     geometry = Geometry(CHUNK, 23_040 * CHUNK, BLOCK, 1)
     return Planner(SCHEME, geometry, store, demoter, lambda keys: None, 1.0, Tally())
 

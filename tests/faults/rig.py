@@ -94,7 +94,7 @@ class MiniEngine:
         self._probe = _Probe(Breaker(tiers[REDIS], 3, _BREAKER_SECONDS)) if tiers and REDIS in tiers else None
         self.planner = Planner(
             SCHEME, Geometry(CHUNK, PAYLOAD, BLOCK, 1), self.store,
-            Demoter(self.store, write, "always", write_queue),
+            Demoter(self.store, write, write_queue),
             self._probe.ask if self._probe else _nobody, patience, self.tally,
         )  # fmt: skip
         self.mover = Mover(

@@ -18,7 +18,7 @@ def test_workers_are_read_from_one_variable() -> None:
 
 
 def test_names_to_resolve_and_a_file_are_sources_of_their_own() -> None:
-    config = load(workers="a=dns://svc:8000,a=http://h:1", workers_file="/w.yaml")
+    config = load(workers="file:///w.yaml,a=dns://svc:8000,a=http://h:1")
     assert len(config.static_workers()) == 1
     assert [source.name for source in config.sources()] == ["file", "dns"]
 

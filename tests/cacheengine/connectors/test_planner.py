@@ -31,14 +31,13 @@ class Rig:
         self,
         ranks: int = 1,
         write: str = "behind",
-        admit: str = "always",
         loading: str = "quicker",
         **slots: int,
     ) -> None:
         self.asked, self.answers, self.clock, self.tally = [], [], Clock(), Tally()
         self.store = Store(slots or {HOST: 16}, CHUNK // BLOCK, clock=self.clock)
         geometry = Geometry(CHUNK, CHUNK * 100, BLOCK, ranks)
-        demoter = Demoter(self.store, write, admit, 16, self.clock)
+        demoter = Demoter(self.store, write, 16, self.clock)
         self.planner = Planner(
             SCHEME, geometry, self.store, demoter, self.probe, 1.0, self.tally, self.clock, loading
         )
@@ -216,7 +215,7 @@ def test_idle_moments_are_used_to_write_everything_from_the_front():
 
 
 def test_with_second_hit_a_prompt_seen_once_stays_in_memory():
-    rig = Rig(write="idle", admit="second_hit", host=16, disk=16)
+    rig = Rig(write="second_hit", host=16, disk=16)
     rig.warm()
     assert rig.store.fill()[DISK] == (0, 16)
     rig.planner.begin("b", PROMPT, [])

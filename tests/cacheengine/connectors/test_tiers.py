@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cacheengine.config import CacheConfig, ConfigError
-from cacheengine.connectors.tiers import disk_folders, redis_tier
+from cacheengine.connectors.tiers import IO_THREADS, disk_folders, redis_tier
 from cacheengine.layout import KVLayout
 from cacheengine.tier import Ref
 from tests.conftest import ValkeyServer
@@ -25,11 +25,11 @@ def test_a_disk_path_of_commas_is_refused():
 
 def test_the_writer_has_a_connection_while_every_loader_uses_one(valkey: ValkeyServer):
     layout = KVLayout(2, 16, 2048, 32, "float32", "test", {"model": "tiers"})
-    config = CacheConfig(chunk_tokens=32, redis_url=valkey.url, io_threads=2)
+    config = CacheConfig(chunk_tokens=32, redis_url=valkey.url)
     tier = redis_tier(config, layout, "m", 0, 1)
     try:
         with ExitStack() as loaders:
-            for _ in range(config.io_threads):
+            for _ in range(IO_THREADS):
                 loaders.enter_context(tier._pool.session(time.monotonic() + 60))
             chunk = memoryview(bytearray(layout.payload_bytes))
             assert tier.write([Ref(layout.scheme.keys(range(32))[0])], [chunk]) == 1

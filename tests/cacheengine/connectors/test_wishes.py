@@ -41,7 +41,7 @@ class Life:
         self.disk = DiskTier(*self.where, LAYOUT.chunk_tokens, 0, 1)
         config = CacheConfig(
             chunk_tokens=32, host_bytes=1 << 20, disk_path=str(folder), disk_bytes=1 << 20, redis_url=url,
-            worker_id="w1", worker_url="http://127.0.0.1:1", lease_seconds=2,
+            worker_id="w1", worker_url="http://127.0.0.1:1",
         )  # fmt: skip
         self.half = SchedulerHalf(VLLM, LAYOUT, config)
 
