@@ -60,7 +60,8 @@ def admin(
     @api.get("/decisions")
     async def decisions(limit: int = 100) -> dict[str, Any]:
         """The newest placements first, each with all it takes to replay it."""
-        return {"decisions": list(islice(reversed(router.decisions), max(0, min(limit, DECISIONS))))}
+        newest = islice(reversed(router.decisions), max(0, min(limit, DECISIONS)))
+        return {"decisions": [dict(decision) for decision in newest]}
 
     @api.post("/route/explain")
     async def explain(request: Request) -> Any:

@@ -157,7 +157,7 @@ def _answers(router: Router, dispatcher: Dispatcher, metrics: Metrics) -> dict[s
         return dispatcher.inflight
 
     async def decisions(limit: int) -> list[dict[str, Any]]:
-        return list(islice(reversed(router.decisions), limit))
+        return [dict(decision) for decision in islice(reversed(router.decisions), limit)]
 
     async def told() -> list[Family]:
         return families(metrics.registry)

@@ -104,7 +104,7 @@ class View:
         workers = [
             {
                 "worker": choice.candidate.worker,
-                "terms_ms": {name: round(1000 * seconds, 3) for name, seconds in choice.terms.items()},
+                "terms_ms": choice.terms_ms,
                 "total_ms": round(1000 * choice.seconds, 3),
                 "hit_by_tier": choice.hit._asdict(),
                 "inflight": choice.candidate.inflight,
@@ -114,7 +114,7 @@ class View:
             for choice in replayed(decision)
         ]
         return {
-            **{name: value for name, value in decision.items() if name != "candidates"},
+            **{name: decision[name] for name in decision if name != "candidates"},
             "workers": workers,
         }
 

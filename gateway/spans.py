@@ -113,7 +113,7 @@ class _Trace(Trace):
         self.child("lookup", self.context, started, found, {"cairn.index": decision["index"]})
         facts = {
             "cairn.policy": decision["ran"],
-            "cairn.candidates": len(decision["candidates"]),
+            "cairn.candidates": len(decision["order"]),
             "cairn.predicted_ms": decision["predicted_ms"],
         }
         self.child("decide", self.context, found, time.perf_counter(), facts)

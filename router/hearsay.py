@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 FADE_SECONDS = 0.5
 LATE_SECONDS = 0.125  # how old a beat is, on average, when the registry reads it
 MAX_HEARD = 4096
+_NEVER = (None, 0.0)
 
 
 class Hearsay:
@@ -30,12 +31,15 @@ class Hearsay:
         if note and len(self._heard) > MAX_HEARD:
             self._heard.clear()  # workers come and go; a beat heard anew only counts as younger
         since = {}
-        for worker in others:
-            beat, first = self._heard.get(worker, (None, now))
-            since[worker] = first if beat == beats[worker] else now
-            if note:
-                self._heard[worker] = beats[worker], since[worker]
-        mean = sum(others.values()) / len(others) if others else 0.0
+        for worker, latest in beats.items():
+            beat, since[worker] = self._heard.get(worker, _NEVER)
+            if beat != latest:
+                since[worker] = now
+                if note:
+                    self._heard[worker] = latest, now
+        if not any(others.values()):
+            return dict.fromkeys(others, 0.0)
+        mean = sum(others.values()) / len(others)
         return {
             worker: mean + (tokens - mean) * math.exp(-(now - since[worker] + LATE_SECONDS) / FADE_SECONDS)
             for worker, tokens in others.items()

@@ -55,28 +55,39 @@ class LoadBoard:
         self._changed(worker_id, row)
         return Ticket(self, row, worker_id, tokens)
 
-    def inflight(self, worker_id: str) -> int:
-        """Requests of this gateway that are open on the worker."""
+    def open(self, worker_id: str) -> tuple[int, int]:
+        """Requests of this gateway that are open on the worker, and prompt tokens of theirs it has still to
+        compute."""
         row = self._rows.get(worker_id)
-        return row.inflight if row else 0
+        return (row.inflight, row.prefilling) if row else (0, 0)
+
+    def inflight(self, worker_id: str) -> int:
+        """The former alone."""
+        return self.open(worker_id)[0]
 
     def prefilling(self, worker_id: str) -> int:
-        """Prompt tokens of this gateway's requests the worker has still to compute."""
-        row = self._rows.get(worker_id)
-        return row.prefilling if row else 0
+        """The latter alone."""
+        return self.open(worker_id)[1]
 
-    def queued_tokens(self, worker_id: str, reported: float, beat_ms: float, note: bool = True) -> float:
-        """Tokens in front of a new request: ours as of now, plus what the latest heartbeat says others sent.
+    def queued_tokens(self, worker_id: str, reported: float, beat_ms: float) -> float:
+        """Tokens in front of a new request: ours as of now, and others' as the latest heartbeat says."""
+        ours = self.prefilling(worker_id)
+        return ours + self.others(worker_id, ours, reported, beat_ms)
 
-        `reported` includes ours as they were at the heartbeat, so ours are taken off once, when that
+    def others(self, worker_id: str, ours: int, reported: float, beat_ms: float, note: bool = True) -> float:
+        """Tokens that others have queued on it, as the latest heartbeat says.
+
+        `reported` includes `ours` as they were at the heartbeat, so ours are taken off once, when that
         heartbeat is first seen.  Without `note` this is a look, after which it was still not seen.
         """
-        row, ours = self._rows.get(worker_id) or _Row(), self.prefilling(worker_id)
-        others = row.others if beat_ms == row.beat_ms else max(0.0, reported - ours)
+        row = self._rows.get(worker_id) or _Row()
+        if beat_ms == row.beat_ms:
+            return row.others
+        others = max(0.0, reported - ours)
         if note:
             row.beat_ms, row.others = beat_ms, others
             self._rows[worker_id] = row
-        return ours + others
+        return others
 
     def forget(self, worker_id: str) -> None:
         """The worker left the fleet; its row goes as soon as nothing is open on it."""

@@ -1,9 +1,10 @@
 """Where a request goes, and why."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
-from router.policy import NO_HIT, Hit
+from router.policy import NO_HIT, Choice, Hit
 from router.worker import Worker
 
 
@@ -30,3 +31,24 @@ class Placement:
     terms_ms: Mapping[str, float]  # queue, transfer, compute, interference
     claimed: Hit = NO_HIT  # what the index said, believed or not
     decision: int = 0  # number of the decision in the router's log
+
+
+class Placements(Sequence[Placement]):
+    """Best first.  Each is made when it is looked at: nearly always only the first is."""
+
+    def __init__(self, order: Sequence[Choice], make: Callable[[Choice], Placement]) -> None:
+        self._order, self._make = order, make
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, at: int) -> Placement: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Placement]: ...
+
+    def __getitem__(self, at: int | slice) -> Placement | list[Placement]:
+        if isinstance(at, slice):
+            return [self._make(choice) for choice in self._order[at]]
+        return self._make(self._order[at])

@@ -5,8 +5,9 @@ replays from its log line.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from operator import itemgetter
 from statistics import median_low
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from cacheengine.keys import digest
@@ -21,6 +22,7 @@ TIGHT = (1.25, 2.0)  # load bound, times the mean and requests above it: where t
 LOOSE = (2.0, 4.0)  # ... and where queues are in the price, and the bound is for what the price got wrong
 SESSION = "session"  # the policy that wants the session's ring order
 TIERS = ("device", "host", "disk", "shared")
+TERMS = ("queue", "transfer", "compute", "interference")
 
 
 class Hit(NamedTuple):
@@ -33,10 +35,10 @@ class Hit(NamedTuple):
 
 
 NO_HIT = Hit()
+_UNMEASURED: Mapping[str, float] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One worker in front of one prompt."""
 
     worker: str
@@ -48,23 +50,29 @@ class Candidate:
     prefill_rate: float = 0  # tokens/s, 0 = not measured
     hit: Hit = NO_HIT
     token_bytes: float = 0
-    bandwidth: Mapping[str, float] = field(default_factory=dict)  # bytes/s by tier, where measured
+    bandwidth: Mapping[str, float] = _UNMEASURED  # bytes/s by tier, where measured
     held_back: bool = False  # new, and this prompt is not of its share yet
 
 
-_FIELDS = tuple(each.name for each in fields(Candidate))
-
-
 class Choice(NamedTuple):
-    """A candidate with what it would cost, in seconds, and the hit that makes it so cheap."""
+    """A candidate with the hit that makes it so cheap, and what it would cost: seconds in all, and the terms
+    of that."""
 
     candidate: Candidate
     hit: Hit
-    terms: Mapping[str, float]
+    seconds: float
+    queue: float
+    transfer: float
+    compute: float
+    interference: float
 
     @property
-    def seconds(self) -> float:
-        return sum(self.terms.values())
+    def terms(self) -> dict[str, float]:
+        return dict(zip(TERMS, self[3:], strict=True))
+
+    @property
+    def terms_ms(self) -> dict[str, float]:
+        return {name: round(1000 * seconds, 3) for name, seconds in self.terms.items()}
 
 
 # prompt tokens, candidates, running number of the decision → best first, nobody left out
@@ -125,7 +133,9 @@ CACHE_BLIND = frozenset({SESSION, "least_loaded", "power_of_two", "round_robin"}
 def decide(name: str, prompt: int, candidates: Sequence[Candidate], turn: int) -> list[Choice]:
     """The order of a policy, those held back behind everybody else.  Raises KeyError."""
     order = POLICIES[name](prompt, candidates, turn)
-    return sorted(order, key=lambda choice: choice.candidate.held_back)
+    if any(candidate.held_back for candidate in candidates):
+        order.sort(key=lambda choice: choice.candidate.held_back)
+    return order
 
 
 def cost(prompt: int, candidate: Candidate, rate: float) -> Choice:
@@ -134,10 +144,22 @@ def cost(prompt: int, candidate: Candidate, rate: float) -> Choice:
     A prefix is loaded from the front and can stop after any tier: the cheapest stop is taken, so a tier
     slower than recomputing (and all behind it) counts as a miss.
     """
+    hit, transfer, compute = NO_HIT, 0.0, prompt / rate
+    if any(candidate.hit):
+        hit, transfer, compute = _best_stop(prompt, candidate, rate)
+    # what is under way is half done on average; so equal prompts meet instead of computing twice
+    queue = max(0.0, candidate.queued_tokens - candidate.pending_tokens / 2) / rate
+    interference = KAPPA * max(candidate.running, candidate.inflight)
+    seconds = queue + transfer + compute + interference
+    return Choice(candidate, hit, seconds, queue, transfer, compute, interference)
+
+
+def _best_stop(prompt: int, candidate: Candidate, rate: float) -> tuple[Hit, float, float]:
+    """What is loaded, and the seconds of loading it and of computing the rest."""
     moved = loaded = 0.0
     best, best_stop = prompt / rate, 0
     best_moved = 0.0
-    for stop, tier in enumerate(TIERS if any(candidate.hit) else (), 1):
+    for stop, tier in enumerate(TIERS, 1):
         tokens = min(candidate.hit[stop - 1], prompt - loaded)
         loaded += tokens
         if tier != "device":
@@ -151,14 +173,7 @@ def cost(prompt: int, candidate: Candidate, rate: float) -> Choice:
         if not best_stop
         else Hit(*(tokens if i < best_stop else 0 for i, tokens in enumerate(candidate.hit)))
     )
-    terms = {
-        # what is under way is half done on average; so equal prompts meet instead of computing twice
-        "queue": max(0.0, candidate.queued_tokens - candidate.pending_tokens / 2) / rate,
-        "transfer": best_moved,
-        "compute": best - best_moved,
-        "interference": KAPPA * max(candidate.running, candidate.inflight),
-    }
-    return Choice(candidate, hit, terms)
+    return hit, best_moved, best - best_moved
 
 
 def replay(decision: Mapping[str, Any]) -> list[str]:
@@ -174,11 +189,7 @@ def replayed(decision: Mapping[str, Any]) -> list[Choice]:
 
 def as_log(candidate: Candidate) -> dict[str, Any]:
     """What replay() needs, in plain types."""
-    return {
-        **{name: getattr(candidate, name) for name in _FIELDS},
-        "hit": list(candidate.hit),
-        "bandwidth": dict(candidate.bandwidth),
-    }
+    return {**candidate._asdict(), "hit": list(candidate.hit), "bandwidth": dict(candidate.bandwidth)}
 
 
 def _costs(prompt: int, candidates: Sequence[Candidate]) -> list[Choice]:
@@ -187,13 +198,16 @@ def _costs(prompt: int, candidates: Sequence[Candidate]) -> list[Choice]:
     return [cost(prompt, c, c.prefill_rate if c.prefill_rate >= SLOWEST else usual) for c in candidates]
 
 
-def _bounded(choices: Sequence[Choice], bound: tuple[float, float]) -> tuple[list[Choice], list[Choice]]:
+def _bounded(choices: list[Choice], bound: tuple[float, float]) -> tuple[list[Choice], list[Choice]]:
     """Bounded load: who has more open requests than the bound goes behind everybody else, however much it
     holds."""
     if not choices:
         return [], []
     times, more = bound
-    cap = times * sum(c.candidate.inflight for c in choices) / len(choices) + more
+    inflight = [c.candidate.inflight for c in choices]
+    cap = times * sum(inflight) / len(choices) + more
+    if max(inflight) <= cap:
+        return choices, []
     within = [c for c in choices if c.candidate.inflight <= cap]
     return within, [c for c in choices if c.candidate.inflight > cap]
 
@@ -202,23 +216,21 @@ def _behind(choices: Sequence[Choice]) -> float:
     """What a second of computing costs those who wait behind it, in seconds: computing a prefix anew because
     its holder is busy helps one prompt and delays every later one.  Grows with how many prompts like this one
     wait on most workers; nothing where half the fleet is idle."""
-    longest = max((choice.terms["compute"] for choice in choices), default=0.0)
+    longest = max([choice.compute for choice in choices], default=0.0)
     if longest <= 0:
         return 0.0
-    queue = median_low(choice.terms["queue"] for choice in choices)
+    queue = median_low([choice.queue for choice in choices])
     return min(MOST_BEHIND, BEHIND * queue / longest)
 
 
 def _by_price(choices: Sequence[Choice], dearer: float) -> list[Choice]:
     if not choices:
         return []
-    priced = [(choice.seconds + dearer * choice.terms["compute"], choice) for choice in choices]
-    limit = SAME * min(price for price, _ in priced)
-    equal = [choice for price, choice in priced if price <= limit]
-    rest = sorted(
-        (each for each in priced if each[0] > limit), key=lambda each: (each[0], each[1].candidate.ring)
-    )
-    return sorted(equal, key=_load) + [choice for _, choice in rest]
+    priced = [(choice.seconds + dearer * choice.compute, choice.candidate.ring, choice) for choice in choices]
+    limit = SAME * min([price for price, _, _ in priced])
+    equal = [choice for price, _, choice in priced if price <= limit]
+    rest = sorted([each for each in priced if each[0] > limit], key=itemgetter(0, 1))
+    return sorted(equal, key=_load) + [choice for _, _, choice in rest]
 
 
 def _draw(choice: Choice, turn: int) -> bytes:

@@ -42,15 +42,18 @@ class Forks:
     def passed(self, keys: Sequence[ChunkKey]) -> None:
         """A prompt was placed."""
         now = self._clock()
+        seen = self._seen
         for i in range(min(len(keys) - 1, DEPTH), 0, -1):  # the front ends up youngest
-            followers = self._seen.setdefault(keys[i - 1], OrderedDict())
-            self._seen.move_to_end(keys[i - 1])
+            if (followers := seen.get(keys[i - 1])) is None:
+                followers = seen[keys[i - 1]] = OrderedDict()
+            else:
+                seen.move_to_end(keys[i - 1])
             followers[keys[i]] = now
             followers.move_to_end(keys[i])
             if len(followers) > self._many:
                 followers.popitem(last=False)
-        while len(self._seen) > self._capacity:
-            self._seen.popitem(last=False)
+        while len(seen) > self._capacity:
+            seen.popitem(last=False)
 
     def _popular(self, key: ChunkKey) -> bool:
         followers = self._seen.get(key, ())

@@ -1,5 +1,6 @@
 """Consistent hashing: where a prompt goes that nobody holds, the same at every gateway."""
 
+from bisect import bisect
 from collections.abc import Iterable
 
 from uhashring import HashRing
@@ -9,9 +10,16 @@ class Ring:
     """Immutable.  One worker more or less moves 1/N of the keys."""
 
     def __init__(self, worker_ids: Iterable[str]) -> None:
-        members = sorted(set(worker_ids))
-        self._ring, self._size = HashRing(nodes=members), len(members)
+        ring = HashRing(nodes=sorted(set(worker_ids)))
+        points = ring.get_points()
+        self._hash, self._points = ring.hashi, [point for point, _ in points]
+        self._nodes = [node for _, node in points] * 2  # from every point once around
+        self._size = len(set(self._nodes))
 
     def order(self, key: bytes) -> list[str]:
         """All workers for this key, best first."""
-        return [node["nodename"] for node in self._ring.range(key.hex(), self._size)]
+        start = bisect(self._points, self._hash(key.hex()))
+        steps = 4 * self._size  # often enough to meet everybody
+        while len(found := dict.fromkeys(self._nodes[start : start + steps])) < self._size:
+            steps *= 2
+        return list(found)

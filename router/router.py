@@ -4,13 +4,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from cacheengine.errors import IndexDown
 from cacheengine.index_reader import IndexReader
 from cacheengine.keys import ChunkKey, KeyScheme
+from router.decision import Decision
 from router.load import LoadBoard
-from router.placement import NoWorker, Placement
+from router.placement import NoWorker, Placement, Placements
 from router.policy import (
     CACHE_BLIND,
     DEFAULT_RATE,
@@ -21,7 +22,6 @@ from router.policy import (
     Candidate,
     Choice,
     Hit,
-    as_log,
     cost,
     decide,
 )
@@ -37,18 +37,6 @@ MAX_CANDIDATES = 64_000  # in all of them, about 50 MB
 FALLBACK = "prefix_ring"  # what runs when the index cannot be asked
 
 
-class Weighed(NamedTuple):
-    """One prompt in front of the fleet as it is now: everything a decision is made of."""
-
-    candidates: list[Candidate]
-    ran: str  # the policy that made the order
-    index_was: str  # up, down or unused
-    blind: str  # why nothing the index may know was used; "" where it was
-    order: list[Choice]
-    placements: list[Placement]
-    shadow: dict[str, Any] | None  # what another policy would have done
-
-
 class Router:
     """REQUIRES: used from one event loop.
 
@@ -62,7 +50,7 @@ class Router:
         index: IndexReader | None = None,
         policy: str = "predicted_ttft",
         clock: Callable[[], float] = time.monotonic,
-        on_decision: Callable[[Mapping[str, Any]], None] | None = None,
+        on_decision: Callable[[Decision], None] | None = None,
         *,
         shadow: str = "",
         trust: Trust | None = None,
@@ -78,7 +66,7 @@ class Router:
         self._index, self._clock, self._on_decision, self._out = index, clock, on_decision, out
         self._survey = Survey(board, self.trust, clock)
         self._turn = 0
-        self.decisions: deque[dict[str, Any]] = deque()
+        self.decisions: deque[Decision] = deque()
         self._kept = 0  # candidates in them
 
     async def place(
@@ -89,18 +77,19 @@ class Router:
         exclude: Collection[str] = (),
         affinity: bytes = b"",
         session: bytes = b"",
-    ) -> list[Placement]:
+    ) -> Placements:
         """Workers to try, best first; Question says what is asked.  Raises NoWorker."""
         asked = Question(model, keys, prompt_tokens, exclude, affinity, session)
         started = self._clock()
         holders, index = await self._holders(asked)
         lookup = self._clock() - started
         # from here to the caller nothing awaits: two requests at once see each other
-        weighed = self._weigh(asked, holders, index)
-        self._survey.sent(asked, weighed.placements[0].worker.id)
-        self._note(self._decision(asked, weighed, lookup))
+        decision, placements = self._weigh(asked, holders, index, lookup)
+        self._survey.sent(asked, decision.worker)
+        decision.prefixes = self._survey.prefixes(asked, self.registry.scheme(asked.model))
+        self._note(decision)
         self._turn += 1
-        return weighed.placements
+        return placements
 
     async def explain(
         self,
@@ -115,9 +104,10 @@ class Router:
         started = self._clock()
         holders, index = await self._holders(asked)
         lookup = self._clock() - started
-        weighed = self._weigh(asked, holders, index, dry=True)
+        decision, placements = self._weigh(asked, holders, index, lookup, dry=True)
+        decision.prefixes = self._survey.prefixes(asked, self.registry.scheme(asked.model))
         rows = []
-        for choice, placement in zip(weighed.order, weighed.placements, strict=True):
+        for choice, placement in zip(decision.choices, placements, strict=True):
             rows.append(
                 {
                     "worker": placement.worker.id,
@@ -134,7 +124,7 @@ class Router:
                     "held_back": choice.candidate.held_back,
                 }
             )
-        return {**self._decision(asked, weighed, lookup), "workers": rows}
+        return {**decision, "workers": rows}
 
     def learn(self, placement: Placement, prompt_tokens: int, cached_tokens: int) -> None:
         """The worker answered, and says how many prompt tokens it did not have to compute."""
@@ -148,14 +138,14 @@ class Router:
         if cached_tokens >= local:  # or the shared part was out of reach
             self.trust.heard(worker, "shared", shared, cached_tokens - local)
         if (decision := self.decision(placement.decision)) is not None:
-            decision["actual_hit_tokens"] = cached_tokens
+            decision.actual_hit_tokens = cached_tokens
 
     def spoke(self, placement: Placement, seconds: float) -> None:
         """This placement's worker sent its first byte so long after the request came."""
         if (decision := self.decision(placement.decision)) is not None:
-            decision["answered_by"], decision["ttft_ms"] = placement.worker.id, round(1000 * seconds, 3)
+            decision.answered_by, decision.ttft_ms = placement.worker.id, round(1000 * seconds, 3)
 
-    def decision(self, turn: int) -> dict[str, Any] | None:
+    def decision(self, turn: int) -> Decision | None:
         """The line of the log with this number; None when it is no longer (or not yet) there."""
         age = self._turn - turn
         return self.decisions[-age] if 0 < age <= len(self.decisions) else None
@@ -163,7 +153,7 @@ class Router:
     async def _holders(self, asked: Question) -> tuple[Holders, str]:
         """Who holds what, and whether the index was "up", "down" or "unused"."""
         scheme = self.registry.scheme(asked.model)
-        if self._index is None or scheme is None or not asked.keys or self._indifferent():
+        if not asked.keys or self._index is None or scheme is None or self._indifferent():
             return {}, "unused"
         try:
             return await self._index.holders(scheme.namespace, asked.keys), "up"
@@ -173,10 +163,13 @@ class Router:
 
     def _indifferent(self) -> bool:
         """No policy here looks at the cache."""
-        return {self.policy, self.shadow or self.policy} <= CACHE_BLIND
+        return self.policy in CACHE_BLIND and (not self.shadow or self.shadow in CACHE_BLIND)
 
-    def _weigh(self, asked: Question, holders: Holders, index: str, dry: bool = False) -> Weighed:
-        """`dry` changes nothing that a later decision sees.  Raises NoWorker."""
+    def _weigh(
+        self, asked: Question, holders: Holders, index: str, lookup: float, dry: bool = False
+    ) -> tuple[Decision, Placements]:
+        """One prompt in front of the fleet as it is now.  `dry` changes nothing that a later decision sees.
+        Raises NoWorker."""
         ready = self.registry.workers_for(asked.model)
         out = {*asked.exclude, *self._out(ready)}
         workers = {worker.id: worker for worker in ready if worker.id not in out}
@@ -188,30 +181,55 @@ class Router:
         ran = self._runs(self.policy, index)
         order = decide(ran, asked.tokens, candidates, self._turn)
         ignored = any(map(any, claims.values())) and not any(any(c.hit) for c in candidates)
-        return Weighed(
-            candidates,
-            ran,
-            index,
-            self._blind(index, bool(asked.keys), scheme, ignored),
-            order,
-            [self._placement(workers[c.candidate.worker], c, ran, index, asked.keys, claims) for c in order],
-            self._shadowed(asked, workers, candidates, index, order[0]),
+        keyed, turn = bool(asked.keys), self._turn
+
+        def placement(choice: Choice) -> Placement:
+            worker = workers[choice.candidate.worker]
+            return Placement(
+                worker=worker,
+                expected_hit_tokens=sum(choice.hit),
+                hit_by_tier=choice.hit._asdict(),
+                reason=_reason(choice, ran, index, keyed),
+                policy=ran,
+                terms_ms=choice.terms_ms,
+                claimed=claims.get(worker.id, NO_HIT),
+                decision=turn,
+            )
+
+        decision = Decision(
+            model=asked.model,
+            prompt_tokens=asked.tokens,
+            chunks=len(asked.keys),
+            policy=self.policy,
+            ran=ran,
+            turn=turn,
+            index=index,
+            blind=self._blind(index, keyed, scheme, ignored),
+            lookup=lookup,
+            given=candidates,
+            choices=order,
+            reason=_reason(order[0], ran, index, keyed),
+            claimed=claims.get(order[0].candidate.worker, NO_HIT),
+            shadow=self._shadowed(asked, workers, candidates, index, order[0]),
         )
+        return decision, Placements(order, placement)
 
     def _runs(self, policy: str, index: str) -> str:
         return FALLBACK if index == "down" and policy not in CACHE_BLIND else policy
 
     def _blind(self, index: str, keyed: bool, scheme: KeyScheme | None, ignored: bool) -> str:
         """Why this decision was made without the index; "" where it was not."""
-        reasons = {
-            "policy": self.policy in CACHE_BLIND,
-            "index_down": index == "down",
-            "no_index": self._index is None,
-            "no_scheme": scheme is None,
-            "no_keys": not keyed,
-            "stale": ignored,
-        }
-        return next((reason for reason, true in reasons.items() if true), "")
+        if self.policy in CACHE_BLIND:
+            return "policy"
+        if index == "down":
+            return "index_down"
+        if self._index is None:
+            return "no_index"
+        if scheme is None:
+            return "no_scheme"
+        if not keyed:
+            return "no_keys"
+        return "stale" if ignored else ""
 
     def _shadowed(
         self,
@@ -236,78 +254,29 @@ class Router:
             "predicted_ms": round(1000 * other.seconds, 3),
         }
 
-    def _placement(
-        self,
-        worker: Worker,
-        choice: Choice,
-        ran: str,
-        index: str,
-        keys: Sequence[ChunkKey],
-        claims: Mapping[str, Hit],
-    ) -> Placement:
-        tokens = sum(choice.hit)
-        if ran in CACHE_BLIND:
-            reason = "policy"
-        elif index == "down":
-            reason = "index_down"
-        elif not keys:
-            reason = "no_keys"
-        else:
-            reason = "hit" if tokens else "cold"
-        return Placement(
-            worker=worker,
-            expected_hit_tokens=tokens,
-            hit_by_tier=choice.hit._asdict(),
-            reason=reason,
-            policy=ran,
-            terms_ms={name: round(1000 * seconds, 3) for name, seconds in choice.terms.items()},
-            claimed=claims.get(worker.id, NO_HIT),
-            decision=self._turn,
-        )
-
-    def _decision(self, asked: Question, weighed: Weighed, lookup: float) -> dict[str, Any]:
-        """One line of the log, in plain types."""
-        first = weighed.placements[0]
-        return {
-            "at": time.time(),
-            "model": asked.model,
-            "prompt_tokens": asked.tokens,
-            "chunks": len(asked.keys),
-            "policy": self.policy,
-            "ran": weighed.ran,
-            "turn": self._turn,
-            "index": weighed.index_was,
-            "blind": weighed.blind,
-            "lookup_ms": round(1000 * lookup, 3),
-            "candidates": [as_log(candidate) for candidate in weighed.candidates],
-            "order": [placement.worker.id for placement in weighed.placements],
-            "worker": first.worker.id,
-            "reason": first.reason,
-            "expected_hit_tokens": first.expected_hit_tokens,
-            "claimed_by_index": first.claimed._asdict(),
-            "actual_hit_tokens": None,  # until the worker says
-            "answered_by": None,  # until its first byte
-            "ttft_ms": None,
-            "prefixes": self._survey.prefixes(asked, self.registry.scheme(asked.model)),
-            "terms_ms": dict(first.terms_ms),
-            "predicted_ms": round(1000 * weighed.order[0].seconds, 3),
-            "shadow": weighed.shadow,
-        }
-
-    def _note(self, decision: dict[str, Any]) -> None:
+    def _note(self, decision: Decision) -> None:
         self.decisions.append(decision)
-        self._kept += len(decision["candidates"])
+        self._kept += len(decision.given)
         while self._kept > MAX_CANDIDATES or len(self.decisions) > DECISIONS:
-            self._kept -= len(self.decisions.popleft()["candidates"])
+            self._kept -= len(self.decisions.popleft().given)
         if self._on_decision is not None:
             self._on_decision(decision)
+
+
+def _reason(choice: Choice, ran: str, index: str, keyed: bool) -> str:
+    if ran in CACHE_BLIND:
+        return "policy"
+    if index == "down":
+        return "index_down"
+    if not keyed:
+        return "no_keys"
+    return "hit" if any(choice.hit) else "cold"
 
 
 def _loadable(worker: Worker, claimed: Hit, prompt_tokens: int) -> tuple[int, int]:
     """Of what the index claims, the tokens the worker would load if it has them: (its own, shared)."""
     rate = worker.load.prefill_rate if worker.load.prefill_rate >= SLOWEST else DEFAULT_RATE
-    speeds = {"host": worker.load.bw_host, "disk": worker.load.bw_disk, "shared": worker.load.bw_redis}
-    candidate = Candidate(worker.id, hit=claimed, token_bytes=worker.token_bytes, bandwidth=speeds)
+    candidate = Candidate(worker.id, hit=claimed, token_bytes=worker.token_bytes, bandwidth=worker.bandwidth)
     hit = cost(prompt_tokens, candidate, rate).hit  # without what is slower than computing
     # at least one token is always computed, and vLLM's own cache finds whole blocks only
     most = max(0, prompt_tokens - 1)

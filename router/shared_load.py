@@ -75,13 +75,19 @@ class SharedLoadBoard(LoadBoard):
         self._words.release()
         self._memory.close()
 
-    def inflight(self, worker_id: str) -> int:
-        """Requests of all processes that are open on the worker."""
-        return super().inflight(worker_id) + self._others(worker_id, 2)
-
-    def prefilling(self, worker_id: str) -> int:
-        """Prompt tokens of all processes' requests the worker has still to compute."""
-        return super().prefilling(worker_id) + self._others(worker_id, 3)
+    def open(self, worker_id: str) -> tuple[int, int]:
+        """Requests of all processes that are open on the worker, and prompt tokens of theirs it has still to
+        compute."""
+        inflight, prefilling = super().open(worker_id)
+        now = self._clock()
+        if now - self._looked >= _LOOK_SECONDS:
+            self._looked = now
+            self._living = [peer for peer in self._peers if peer.look()]
+        name = self._name(worker_id)
+        for peer in self._living:
+            more = peer.read(name)
+            inflight, prefilling = inflight + more[0], prefilling + more[1]
+        return inflight, prefilling
 
     def _take(self) -> None:
         """Nobody believes a block without a pid: it goes first and comes last."""
@@ -114,14 +120,6 @@ class SharedLoadBoard(LoadBoard):
             self._words[self._mine + 2] += 1
             self._free.append(place)
 
-    def _others(self, worker_id: str, word: int) -> int:
-        now = self._clock()
-        if now - self._looked >= _LOOK_SECONDS:
-            self._looked = now
-            self._living = [peer for peer in self._peers if peer.look()]
-        name = self._name(worker_id)
-        return sum(peer.read(name, word) for peer in self._living)
-
     def _name(self, worker_id: str) -> WorkerName:
         if (name := self._names.get(worker_id)) is None:
             first, second = struct.unpack("=qq", digest(worker_id.encode()))
@@ -150,13 +148,14 @@ class _Peer:
             self._read_places()
         return self._alive
 
-    def read(self, name: WorkerName, word: int) -> int:
+    def read(self, name: WorkerName) -> tuple[int, int]:
         if not self._alive or not self._words[self._block]:
-            return 0
+            return 0, 0
         if self._words[self._block + 2] != self._version:
             self._read_places()
-        place = self._places.get(name)
-        return 0 if place is None else max(0, self._words[place + word])
+        if (place := self._places.get(name)) is None:
+            return 0, 0
+        return max(0, self._words[place + 2]), max(0, self._words[place + 3])
 
     def _read_places(self) -> None:
         self._version = self._words[self._block + 2]

@@ -1,7 +1,6 @@
 """What is known of every worker in front of one prompt: the index's word, and how far to believe it."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from cacheengine.index_schema import NOTHING, Depths
@@ -53,15 +52,16 @@ class Survey:
         """Also what the index claims of each worker, whether we believe it or not.  `by_session`: the ring
         order of a prompt is its session's.  `dry` changes nothing that a later prompt sees."""
         # blobs in Redis outlive whoever put them there: lives that are over still count
-        shared = max((depths.shared for depths in holders.values()), default=0)
+        shared = max([depths.shared for depths in holders.values()], default=0)
         sent_to, sent = self._pending.find(asked.keys)
         ring_key = self._ring_key(asked, by_session)
         rank = self._rank(workers, ring_key)
-        others = self._others(workers, dry)
+        loads = [self._board.open(worker_id) for worker_id in workers]
+        others = self._others(workers, loads, dry)
         candidates, claims = [], {}
-        for worker in workers.values():
+        for worker, (inflight, prefilling) in zip(workers.values(), loads, strict=True):
             hit, pending = NO_HIT, 0
-            if scheme is not None and worker.scheme == scheme:
+            if (holders or worker.id == sent_to) and scheme is not None and worker.scheme == scheme:
                 held = holders.get((worker.id, worker.epoch), NOTHING)
                 if held.shared != (common := shared if worker.shares else 0):
                     held = held._replace(shared=common)
@@ -77,14 +77,14 @@ class Survey:
                 Candidate(
                     worker=worker.id,
                     ring=rank[worker.id],
-                    inflight=self._board.inflight(worker.id),
+                    inflight=inflight,
                     running=load.running,
-                    queued_tokens=self._board.prefilling(worker.id) + others[worker.id],
+                    queued_tokens=prefilling + others[worker.id],
                     pending_tokens=pending,
                     prefill_rate=load.prefill_rate,
                     hit=hit,
                     token_bytes=worker.token_bytes,
-                    bandwidth={"host": load.bw_host, "disk": load.bw_disk, "shared": load.bw_redis},
+                    bandwidth=worker.bandwidth,
                     held_back=_held_back(worker, hit, ring_key),
                 )
             )
@@ -97,8 +97,7 @@ class Survey:
         ring_key = self._ring_key(asked, by_session)
         rank = self._rank(workers, ring_key)
         return [
-            replace(
-                candidate,
+            candidate._replace(
                 ring=rank[candidate.worker],
                 held_back=_held_back(workers[candidate.worker], candidate.hit, ring_key),
             )
@@ -142,15 +141,15 @@ class Survey:
             held = NOTHING._replace(shared=held.shared)
         return held if self._trust.believes(worker, "shared") else held._replace(shared=0)
 
-    def _others(self, workers: Mapping[str, Worker], dry: bool) -> Mapping[str, float]:
+    def _others(
+        self, workers: Mapping[str, Worker], loads: Sequence[tuple[int, int]], dry: bool
+    ) -> Mapping[str, float]:
         """Tokens that other gateways have queued on each worker."""
-        board = self._board
-        heard = {
-            w.id: board.queued_tokens(w.id, w.load.queued_tokens, w.load.beat_ms, note=not dry)
-            - board.prefilling(w.id)
-            for w in workers.values()
-        }
-        beats = {w.id: w.load.beat_ms for w in workers.values()}
+        heard, beats = {}, {}
+        for worker, (_, ours) in zip(workers.values(), loads, strict=True):
+            said = worker.load
+            beats[worker.id] = said.beat_ms
+            heard[worker.id] = self._board.others(worker.id, ours, said.queued_tokens, said.beat_ms, not dry)
         return self._hearsay.faded(heard, beats, note=not dry)
 
 

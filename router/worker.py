@@ -47,7 +47,7 @@ UNKNOWN = Load()
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """Frozen: the registry makes new ones every refresh."""
+    """Frozen: the registry makes new ones every refresh.  What follows from it is worked out once, here."""
 
     id: str
     url: str
@@ -66,18 +66,20 @@ class Worker:
     share: float = 1.0  # of the prompts new to it that it may take; rises while it is new
     load: Load = UNKNOWN
     beat: Mapping[str, str] = field(default_factory=dict, repr=False)  # the heartbeat as it was written
+    # how to name its chunks; None where its names cannot be used
+    scheme: KeyScheme | None = field(init=False, repr=False, compare=False)
+    # whether it can load from the shared tier now; a worker that does not say can
+    shares: bool = field(init=False, repr=False, compare=False)
+    bandwidth: Mapping[str, float] = field(init=False, repr=False, compare=False)  # bytes/s by tier
 
-    @property
-    def scheme(self) -> KeyScheme | None:
-        """How to name this worker's chunks; None where its names cannot be used."""
-        if self.namespace is None or not self.trusted:
-            return None
-        return KeyScheme(self.namespace, self.chunk_tokens)
-
-    @property
-    def shares(self) -> bool:
-        """Whether it can load from the shared tier now; a worker that does not say can."""
-        return ("shared" in self.tiers or "redis" in self.tiers) and self.beat.get("redis_up") != "0"
+    def __post_init__(self) -> None:
+        named = self.namespace if self.trusted else None
+        scheme = None if named is None else KeyScheme(named, self.chunk_tokens)
+        shares = ("shared" in self.tiers or "redis" in self.tiers) and self.beat.get("redis_up") != "0"
+        load = self.load
+        speeds = {"host": load.bw_host, "disk": load.bw_disk, "shared": load.bw_redis}
+        for name, value in (("scheme", scheme), ("shares", shares), ("bandwidth", speeds)):
+            object.__setattr__(self, name, value)
 
 
 def from_lease(lease: Lease) -> Worker:

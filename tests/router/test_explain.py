@@ -87,7 +87,7 @@ class House:
         asyncio.run(self.registry.refresh())
 
     def place(self, keys: list[ChunkKey] = KEYS, tokens: int = TOKENS) -> list[Placement]:
-        return asyncio.run(self.router.place("m", keys, tokens, affinity=b"x"))
+        return list(asyncio.run(self.router.place("m", keys, tokens, affinity=b"x")))
 
     def explain(self, keys: list[ChunkKey] = KEYS, tokens: int = TOKENS) -> dict[str, Any]:
         return asyncio.run(self.router.explain("m", keys, tokens, affinity=b"x"))
@@ -171,7 +171,7 @@ def test_explain_says_what_place_does_and_changes_nothing(
                 each.answer(placements[0], tokens)
     assert list(map(timeless, asked.router.decisions)) == list(map(timeless, left_alone.router.decisions))
     for line in asked.router.decisions:
-        assert replay(json.loads(json.dumps(line))) == line["order"]
+        assert replay(json.loads(json.dumps(dict(line)))) == line["order"]
 
 
 def timeless(line: dict[str, Any]) -> dict[str, Any]:
@@ -279,7 +279,7 @@ def test_a_new_worker_takes_new_prompts_as_its_share_rises_and_every_prompt_it_h
     asyncio.run(house.registry.refresh())
     assert house.place(SCHEME.keys(range(9000, 9000 + TOKENS)))[0].worker.id == "d"
     for line in house.router.decisions:
-        assert replay(json.loads(json.dumps(line))) == line["order"]
+        assert replay(json.loads(json.dumps(dict(line)))) == line["order"]
 
 
 def test_a_fleet_of_new_workers_is_a_fleet() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from router.policy import DEFAULT_RATE, POLICIES, TIERS, Candidate, Hit, as_log, cost, replay
+from router.policy import DEFAULT_RATE, POLICIES, TIERS, Candidate, Hit, as_log, cost, decide, replay
 
 RATE = 10_000.0
 TOKEN_BYTES = 46_080.0  # SmolLM2-135M in bf16
@@ -154,7 +154,7 @@ NO_CLOCK = Candidate("a", prefill_rate=5e-324, hit=Hit(shared=1), token_bytes=1,
 def test_a_decision_replays_from_its_log_line(
     field: list[Candidate], prompt: int, policy: str, turn: int
 ) -> None:
-    choices = POLICIES[policy](prompt, field, turn)
+    choices = decide(policy, prompt, field, turn)
     line = {"candidates": [as_log(c) for c in field], "ran": policy, "turn": turn, "prompt_tokens": prompt}
     assert replay(json.loads(json.dumps(line))) == [choice.candidate.worker for choice in choices]
     assert sorted(c.candidate.worker for c in choices) == sorted(c.worker for c in field)

@@ -256,4 +256,4 @@ def test_every_decision_replays_from_its_line(house: House) -> None:
         house.place(KEYS[:n], 256 * n + 7)
     assert len(house.router.decisions) == len(house.heard) == 11
     for line in house.router.decisions:
-        assert replay(json.loads(json.dumps(line))) == line["order"]
+        assert replay(json.loads(json.dumps(dict(line)))) == line["order"]
