@@ -66,13 +66,13 @@ def build_cpu(library: Path = CPU_LIBRARY, csrc: Path = CSRC) -> bool:
     return _build(library, [path, *CPU_FLAGS], sources, [csrc / "kv_batch.h", csrc / "kv_codec.h"])
 
 
-def build_cuda(library: Path = CUDA_LIBRARY, csrc: Path = CSRC) -> bool | None:
+def build_cuda(library: Path = CUDA_LIBRARY) -> bool | None:
     """Build the CUDA ops for sm_80, sm_90 and PTX; None where there is no nvcc.  Raises as build_cpu()."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return None
-    headers = [csrc / name for name in ("kv_batch.h", "kv_kernels.cuh", "kv_codec.h", "kv_codec.cuh")]
-    sources = [csrc / "kv_cuda.cu", csrc / "kv_codec.cu"]
+    headers = [CSRC / name for name in ("kv_batch.h", "kv_kernels.cuh", "kv_codec.h", "kv_codec.cuh")]
+    sources = [CSRC / "kv_cuda.cu", CSRC / "kv_codec.cu"]
     return _build(library, [nvcc, *CUDA_FLAGS], sources, headers)
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from cacheengine import index_schema
 from cacheengine.evict import Evictor
+from cacheengine.index_schema import Entry
 from cacheengine.keys import ChunkKey
-from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS, Change, Want
+from cacheengine.plan import DISK, HOST, NO_PARENT, REDIS, Want
 from cacheengine.shelf import Backlog, Chunk, Shelf
 
 TIER_BITS = {HOST: index_schema.HOST, DISK: index_schema.DISK, REDIS: index_schema.SHARED}
@@ -191,16 +192,16 @@ class Holdings:
         if chunk.size == self._full:
             self._dirty[key] = chunk.root
 
-    def drain_changes(self) -> list[Change]:
+    def drain_changes(self) -> list[Entry]:
         """What changed since the last call, for the index: removals first."""
-        changes = [Change(root, key, self.bits(key)) for key, root in self._dirty.items()]
+        changes = [Entry(root, key, self.bits(key)) for key, root in self._dirty.items()]
         self._dirty.clear()
         return sorted(changes, key=lambda change: change.bits != 0)
 
-    def inventory(self) -> list[Change]:
+    def inventory(self) -> list[Entry]:
         """Every full chunk.  Safe to call from another thread: it copies before it reads."""
         full = [(key, chunk) for key, chunk in list(self.chunks.items()) if chunk.size == self._full]
-        return [Change(chunk.root, key, bits) for key, chunk in full if (bits := self.bits(key))]
+        return [Entry(chunk.root, key, bits) for key, chunk in full if (bits := self.bits(key))]
 
     def check(self) -> None:
         """Raises AssertionError."""

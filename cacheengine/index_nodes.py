@@ -46,6 +46,17 @@ class Nodes(Protocol):
     async def close(self) -> None: ...
 
 
+async def evaluate(nodes: Nodes, node: Node, name: bytes, argument: bytes) -> list[Any]:
+    """node.evaluate(), or that of the node to which a Cluster sends us on.  Raises RedisError, OSError."""
+    try:
+        return await node.evaluate(name, argument)
+    except AskError as exc:  # MovedError is one
+        other = nodes.redirected(exc)
+        if other is None:
+            raise
+        return await other.evaluate(name, argument, asking=not isinstance(exc, MovedError))
+
+
 class One:
     """One server, or the master of a Sentinel's service."""
 

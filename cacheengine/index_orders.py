@@ -17,11 +17,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-
 from cacheengine.errors import IndexDown
-from cacheengine.redis_url import DOWN, async_client
+from cacheengine.redis_url import DOWN, async_asker
 
 ORDERS = "cairn:orders"
 VERSION = "@version"
@@ -38,15 +35,9 @@ class Orders:
 
     def __init__(self, url: str, name: str = ORDERS) -> None:
         self._name = name
-        self._client = async_client(
-            url,
-            socket_timeout=ORDERS_SECONDS,
-            socket_connect_timeout=ORDERS_SECONDS,
-            retry=Retry(NoBackoff(), 1),  # a connection the server closed while idle
-            decode_responses=True,
-            encoding_errors="replace",  # a stranger's bytes are nobody's order
-            protocol=2,
-        )
+        # a stranger's bytes are nobody's order
+        told = {"decode_responses": True, "encoding_errors": "replace"}
+        self._client = async_asker(url, ORDERS_SECONDS, **told)
         self._last: dict[str, str] = {}
 
     async def changed(self) -> bool:

@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import AskError, MovedError, RedisError
+from redis.exceptions import RedisError
 
 from cacheengine import redis_url
 from cacheengine.errors import IndexDown
-from cacheengine.index_line import PROBE_SECONDS, Node
-from cacheengine.index_nodes import KINDS, Nodes
+from cacheengine.index_line import PROBE_SECONDS
+from cacheengine.index_nodes import KINDS, Nodes, evaluate
 from cacheengine.index_schema import (
     FLEET,
     WRONG_TYPE,
@@ -93,11 +91,12 @@ class IndexReader:
         if self._nodes is None:
             await self.open(self._deadline)
         name = chunk_name(namespace, keys[0], keys[0])
-        node = self._nodes.find(name) if self._nodes else None
-        if node is None or not node.up:
+        nodes = self._nodes
+        node = nodes.find(name) if nodes else None
+        if nodes is None or node is None or not node.up:
             raise IndexDown("no connection to the chunk index")
         packed = b"".join(keys[:MAX_LOOKUP_KEYS])
-        asked = asyncio.ensure_future(self._evaluate(node, name, packed))
+        asked = asyncio.ensure_future(evaluate(nodes, node, name, packed))
         try:
             flat = await within(asked, self._deadline)
         except TimeoutError:
@@ -106,15 +105,6 @@ class IndexReader:
         except (RedisError, OSError) as exc:
             raise IndexDown(f"chunk index: {exc}") from exc
         return self._depths(flat)
-
-    async def _evaluate(self, node: Node, name: bytes, packed: bytes) -> list[Any]:
-        try:
-            return await node.evaluate(name, packed)
-        except AskError as exc:  # MovedError is one
-            other = self._nodes.redirected(exc) if self._nodes else None
-            if other is None:
-                raise
-            return await other.evaluate(name, packed, asking=not isinstance(exc, MovedError))
 
     def _depths(self, flat: Sequence[Any]) -> dict[Holder, Depths]:
         held: dict[Holder, Depths] = {}
@@ -167,15 +157,9 @@ class Fleet:
     """Reads the leases: who is alive, where, and how busy."""
 
     def __init__(self, url: str) -> None:
-        self._client = redis_url.async_client(
-            url,
-            socket_timeout=FLEET_SECONDS,
-            socket_connect_timeout=FLEET_SECONDS,
-            retry=Retry(NoBackoff(), 1),  # a connection the server closed while idle
-            decode_responses=True,
-            encoding_errors="replace",  # a stranger's bytes cost nobody else the lease
-            protocol=2,
-        )
+        # a stranger's bytes cost nobody else the lease
+        told = {"decode_responses": True, "encoding_errors": "replace"}
+        self._client = redis_url.async_asker(url, FLEET_SECONDS, **told)
         self._full = False
         self._bad = set[str]()  # members whose lease makes no sense, which was said
 

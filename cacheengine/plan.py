@@ -28,14 +28,6 @@ class Want(NamedTuple):
     tenant: str = ""
 
 
-class Change(NamedTuple):
-    """What the index should know: the chunk's tier bitmap, 0 when this worker no longer holds it."""
-
-    root: ChunkKey
-    key: ChunkKey
-    bits: int
-
-
 class Move(NamedTuple):
     """One chunk between its host slot and the paged blocks (none in a demote plan), by way of `slot` of
     `tier` where it comes from below or goes there."""

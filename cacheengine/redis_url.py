@@ -20,7 +20,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import redis
 import redis.asyncio
 from redis.asyncio.cluster import ClusterNode as AsyncClusterNode
+from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
+from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode
 from redis.sentinel import Sentinel
 
@@ -155,6 +157,19 @@ def async_client(url: str, **options: Any) -> redis.asyncio.Redis:
     theirs = _theirs(parsed, options)
     sentinels: Any = _AsyncSentinels(hosts, sentinel_kwargs=theirs)  # type: ignore[no-untyped-call]
     return cast(redis.asyncio.Redis, sentinels.master_for(parsed.service, **options, db=parsed.login.db))
+
+
+def async_asker(url: str, seconds: float, **options: Any) -> redis.asyncio.Redis:
+    """An async_client() for a question now and then: it waits so long at most, and asks again where the
+    server has closed the connection while it was idle."""
+    return async_client(
+        url,
+        socket_timeout=seconds,
+        socket_connect_timeout=seconds,
+        retry=Retry(NoBackoff(), 1),
+        protocol=2,
+        **options,
+    )
 
 
 def async_node(url: str, host: str, port: int, **options: Any) -> redis.asyncio.Redis:

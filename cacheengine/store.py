@@ -12,8 +12,9 @@ from itertools import count
 
 from cacheengine.evict import DEFAULT_EVICTOR, EVICTORS, Evictor
 from cacheengine.holdings import LOWER, Holdings
+from cacheengine.index_schema import Entry
 from cacheengine.keys import ChunkKey
-from cacheengine.plan import DISK, GONE, HOST, NO_PARENT, REDIS, Change, Move, Plan, Want
+from cacheengine.plan import DISK, GONE, HOST, NO_PARENT, REDIS, Move, Plan, Want
 from cacheengine.shelf import Ledger
 
 
@@ -91,7 +92,7 @@ class Store:
         """The tiers that hold `key`, as the index writes them; 0 for none."""
         return self._held.bits(key)
 
-    def inventory(self) -> list[Change]:
+    def inventory(self) -> list[Entry]:
         """Everything the index may know.  Safe to call from another thread."""
         return self._held.inventory()
 
@@ -307,7 +308,7 @@ class Store:
             if chunk and chunk.used < before and not chunk.leases and key not in self._held.kept:
                 self._held.bury(key)
 
-    def drain_changes(self) -> list[Change]:
+    def drain_changes(self) -> list[Entry]:
         """What changed since the last call, for the index: removals first."""
         return self._held.drain_changes()
 

@@ -41,7 +41,7 @@ from gateway.prompts import Prompts
 from gateway.pulse import Pulse
 from gateway.routes import Shortcut, openai, operations, relayed, relayed_others
 from gateway.siblings import NO_SIBLINGS, Answer, Siblings
-from gateway.tenants import Door, Everybody, Tenants
+from gateway.tenants import Door, Tenants
 from gateway.tracing import NO_TRACER, Tracer
 from gateway.watch import Watch
 from gateway.wire import KEEPALIVE_SECONDS, Transport, Wire
@@ -223,7 +223,7 @@ def _door(config: GatewayConfig, metrics: Metrics) -> Door:
     if config.auth == "off":
         if not is_loopback(config.host):
             log.warning("whoever reaches %s may send requests: set auth to keys", config.host)
-        return Everybody()
+        return Door()
     store = FileKeys(config.keys_file) if config.keys_file else RedisKeys(config.redis_url)
     return Tenants(Keyring(store), Limits(config.redis_url, config.index_deadline_ms / 1000), metrics)
 

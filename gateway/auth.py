@@ -1,10 +1,8 @@
-"""Who is calling: the API key in a request's headers, and the record of it.
+"""Who is calling: the API key in a request's headers.
 
 `Authorization: Bearer KEY` (RFC 6750) as OpenAI's clients send it, or `x-api-key: KEY` as Anthropic's do.
 """
 
-from gateway.errors import KeysUnknown, Unauthorized
-from gateway.keyring import Key, Keyring
 from gateway.wire import Headers
 
 _CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
@@ -20,20 +18,3 @@ def credential(headers: Headers) -> bytes:
 def without_credentials(headers: Headers) -> Headers:
     """For a worker, which is not the caller's to authenticate to."""
     return [(name, value) for name, value in headers if name not in _CREDENTIALS]
-
-
-class Auth:
-    """Callers by their keys."""
-
-    def __init__(self, keyring: Keyring) -> None:
-        self._keyring = keyring
-
-    def key(self, headers: Headers) -> Key:
-        """`headers` raw.  Raises Unauthorized; KeysUnknown where no record was ever read."""
-        said = credential(headers)
-        found = self._keyring.find(said) if said else None
-        if found is None:
-            if said and not self._keyring.known:
-                raise KeysUnknown
-            raise Unauthorized(bool(said))
-        return found

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from cacheengine.config import CONFIG_FILE_ENV
-from gateway import docs
 from gateway.cache_cli import cache_app
 from gateway.keys_cli import keys_app
 from gateway.launch import probe, state, status, worker
@@ -35,11 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 model_app = typer.Typer(help="Model files.", no_args_is_help=True)
-config_app = typer.Typer(help="Configuration.", no_args_is_help=True)
 app.add_typer(cache_app)  # lookup, inspect, warm, pin, unpin, clear
 app.add_typer(keys_app, name="keys")
 app.add_typer(model_app, name="model")
-app.add_typer(config_app, name="config")
 
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file; flags and CAIRN_* win over it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
@@ -180,13 +177,6 @@ def show_doctor(url: GatewayUrl = None, as_json: AsJson = False) -> None:
             report.add_row(mark[finding.level], finding.what, finding.detail, f"[dim]{finding.fix}[/]")
         Console().print(report)
     raise typer.Exit(1 if any(finding.level == "fail" for finding in findings) else 0)
-
-
-@config_app.command("docs")
-def config_docs() -> None:
-    """Write docs/config.md and docs/metrics.md from the code (in a checkout)."""
-    for path in docs.write():
-        typer.echo(path)
 
 
 def _prepare(model: str) -> Model:

@@ -56,7 +56,6 @@ class Responses(Asked, frozen=True):
     input: Any = None
     instructions: Any = None
     tools: Any = None
-    tool_choice: Any = None
     reasoning: Any = None
     truncation: Any = "disabled"
     background: Any = None

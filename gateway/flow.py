@@ -28,9 +28,7 @@ from typing import Protocol
 from gateway.errors import QueueFull, QueueTimeout
 from router.worker import Worker
 
-USUAL_SEATS = (
-    1024  # of a worker that does not tell: vLLM's largest default, so as never to be the narrower door
-)
+USUAL_SEATS = 1024  # of a worker that does not tell: vLLM's largest default, never to be the narrower door
 GENERATED_COST = 2.0  # of a generated token, in prompt tokens
 ELDEST_EVERY = 8  # turns
 LOOK_SECONDS = 1.0  # between two looks, while somebody waits, whether a worker has joined
@@ -49,18 +47,6 @@ class Tenant(Protocol):
     def priority(self) -> int: ...  # lower is sooner, as vLLM has it
     @property
     def weight(self) -> float: ...  # > 0: a share of turns, beside others of the same priority
-
-
-@dataclass(frozen=True, slots=True)
-class Anybody:
-    """All callers without a name are one tenant."""
-
-    name: str = ""
-    priority: int = 0
-    weight: float = 1.0
-
-
-ANYBODY = Anybody()
 
 
 @dataclass(slots=True, eq=False)

@@ -194,8 +194,8 @@ class Keyring:
     """The keys a gateway knows.  What was read last holds while the store is away: nobody is locked out, and
     nobody who was put out comes back.  REQUIRES: used from one event loop."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
-        self._store, self._clock = store, clock
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._seen: Mapping[str, str] | None = None
         self._keys: dict[str, Key] = {}
         self._secret = secrets.token_bytes(_KEY_BYTES)  # until the deployment's is known
@@ -218,7 +218,7 @@ class Keyring:
         """The record of what a caller sent; None when there is none, or it has expired."""
         digest = digest_of(said)
         key = self._keys.get(digest)
-        if key is None or not hmac.compare_digest(key.digest, digest) or key.expired(self._clock()):
+        if key is None or not hmac.compare_digest(key.digest, digest) or key.expired(time.time()):
             return None
         return key
 

@@ -3,17 +3,13 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import msgspec
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import AskError, MovedError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from cacheengine import redis_url
-from cacheengine.index_nodes import KINDS, Nodes
+from cacheengine.index_nodes import KINDS, Nodes, evaluate
 from cacheengine.index_reader import within
 from gateway.limits_book import Question, Standing
 
@@ -58,10 +54,11 @@ class LimitsScript:
     async def ask(self, tenant: str, question: Question) -> Standing:
         """Raises LimitsDown within the deadline."""
         name = b"cairn:{tenant:%s}:used" % tenant.encode()
-        node = self._nodes.find(name) if self._nodes else None
-        if node is None or not node.up:
+        nodes = self._nodes
+        node = nodes.find(name) if nodes else None
+        if nodes is None or node is None or not node.up:
             raise LimitsDown(heard=False)
-        asked = asyncio.ensure_future(self._evaluate(node, name, msgspec.json.encode(question)))
+        asked = asyncio.ensure_future(evaluate(nodes, node, name, msgspec.json.encode(question)))
         try:
             reply = await within(asked, self._deadline)
             return Standing(*map(int, reply))
@@ -74,15 +71,6 @@ class LimitsScript:
                 log.warning("limits are counted by each gateway for its part: Redis says %s", exc)
             raise LimitsDown(heard=False) from exc
 
-    async def _evaluate(self, node: Any, name: bytes, argument: bytes) -> Sequence[Any]:
-        try:
-            return cast(Sequence[Any], await node.evaluate(name, argument))
-        except AskError as exc:  # MovedError is one
-            other = self._nodes.redirected(exc) if self._nodes else None
-            if other is None:
-                raise
-            return await other.evaluate(name, argument, asking=not isinstance(exc, MovedError))
-
 
 class Gateways:
     """How many gateways live, itself included: a lease each.  The last known number holds without Redis."""
@@ -90,13 +78,7 @@ class Gateways:
     def __init__(self, url: str, name: str) -> None:
         self._name = name
         self.alive = 1
-        self._client = redis_url.async_client(
-            url,
-            socket_timeout=1.0,
-            socket_connect_timeout=1.0,
-            retry=Retry(NoBackoff(), 1),
-            protocol=2,
-        )
+        self._client = redis_url.async_asker(url, 1.0)
 
     async def beat(self, seconds: float = LEASE_SECONDS) -> None:
         """Never raises.  `seconds` 0: not any more."""

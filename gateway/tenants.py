@@ -1,20 +1,20 @@
 """Tenants in the way of a request: who it is, what it may ask for, its limits, and what it used in the end.
 
-Made only where keys are asked for; `Everybody` is what stands there otherwise, and does nothing.
+`Tenants` stands there where keys are asked for, and a plain `Door` otherwise, which does nothing.
 """
 
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.types import Message, Send
 
 from gateway.ask import Asked, spliced
-from gateway.auth import Auth, without_credentials
-from gateway.errors import BadRequest, TooMany, Unauthorized
+from gateway.auth import credential, without_credentials
+from gateway.errors import BadRequest, KeysUnknown, TooMany, Unauthorized
 from gateway.exchange import Exchange, Prompt
 from gateway.keepalive import COMMENT
 from gateway.keyring import ANONYMOUS, Key, Keyring
@@ -28,11 +28,12 @@ _MAX_CHOICES = 128
 A = TypeVar("A", bound=Asked)
 
 
-class Door(Protocol):
-    """What the dispatcher asks about a caller."""
+class Door:
+    """What the dispatcher asks about a caller.  This one asks for no keys, and nobody has a limit."""
 
     def caller(self, headers: Headers) -> Key:
         """Raises Unauthorized, KeysUnknown."""
+        return ANONYMOUS
 
     def enter(self, exchange: Exchange) -> None:
         """The caller becomes known.  Raises Unauthorized, KeysUnknown."""
@@ -40,6 +41,7 @@ class Door(Protocol):
     def isolated(self, exchange: Exchange, ask: A) -> A:
         """The same request, in its tenant's own part of the cache where its key says so; also in the body for
         the worker.  Raises BadRequest."""
+        return ask
 
     async def take(self, exchange: Exchange, ask: Asked, prompt: Prompt) -> None:
         """Its share of the key's limits.  Raises TooMany."""
@@ -50,50 +52,20 @@ class Door(Protocol):
     @property
     def shared(self) -> bool:
         """Whether limits are counted over all gateways now."""
-
-    def usage(self) -> list[dict[str, Any]]:
-        """Of each tenant, for operators."""
-
-    async def open(self) -> None: ...
-
-    async def close(self) -> None: ...
-
-    def running(self) -> Iterable[Callable[[], Coroutine[Any, Any, None]]]:
-        """What runs as long as the gateway does."""
-
-
-class Everybody:
-    """No keys are asked for, and nobody has a limit."""
-
-    def caller(self, headers: Headers) -> Key:
-        return ANONYMOUS
-
-    def enter(self, exchange: Exchange) -> None:
-        return
-
-    def isolated(self, exchange: Exchange, ask: A) -> A:
-        return ask
-
-    async def take(self, exchange: Exchange, ask: Asked, prompt: Prompt) -> None:
-        return
-
-    def ended(self, exchange: Exchange) -> None:
-        return
-
-    @property
-    def shared(self) -> bool:
         return False
 
     def usage(self) -> list[dict[str, Any]]:
+        """Of each tenant, for operators."""
         return []
 
     async def open(self) -> None:
-        return
+        """Start connecting."""
 
     async def close(self) -> None:
-        return
+        """Idempotent."""
 
     def running(self) -> Iterable[Callable[[], Coroutine[Any, Any, None]]]:
+        """What runs as long as the gateway does."""
         return ()
 
 
@@ -107,20 +79,21 @@ class _Used:
     refused: dict[str, int] = field(default_factory=dict)
 
 
-class Tenants:
-    """REQUIRES: used from one event loop."""
+class Tenants(Door):
+    """Asks for keys, and holds everybody to their limits.  REQUIRES: used from one event loop."""
 
     def __init__(self, keyring: Keyring, limits: Limits, metrics: Metrics) -> None:
         self._keyring, self._limits, self._metrics = keyring, limits, metrics
-        self._auth = Auth(keyring)
         self._used: dict[str, _Used] = {}
 
     def caller(self, headers: Headers) -> Key:
-        try:
-            return self._auth.key(headers)
-        except Unauthorized:
-            self._metrics.tenant_refused.labels("", "key").inc()
-            raise
+        said = credential(headers)
+        if said and (found := self._keyring.find(said)):
+            return found
+        if said and not self._keyring.known:
+            raise KeysUnknown
+        self._metrics.tenant_refused.labels("", "key").inc()
+        raise Unauthorized(bool(said))
 
     def enter(self, exchange: Exchange) -> None:
         client = exchange.client

@@ -33,7 +33,8 @@ MAY_IMPORT = {
         "cacheengine.evict", "cacheengine.index_schema", "cacheengine.plan", "cacheengine.shelf", *WORDS,
     },
     "cacheengine.store": {
-        "cacheengine.evict", "cacheengine.holdings", "cacheengine.plan", "cacheengine.shelf", *WORDS,
+        "cacheengine.evict", "cacheengine.holdings", "cacheengine.index_schema", "cacheengine.plan",
+        "cacheengine.shelf", *WORDS,
     },
     "cacheengine.index_schema": WORDS,
     "cacheengine.index_orders": {"cacheengine.redis_url", *WORDS},

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from cacheengine.connectors.planner import Scheduled
 from cacheengine.index_schema import DEVICE, Entry
 from cacheengine.keys import ChunkKey
-from cacheengine.plan import Change
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -77,7 +76,7 @@ class DeviceMap:
         self._seen.clear()
         self._reused.clear()
 
-    def merge(self, changes: Iterable[Change], store_bits: Callable[[ChunkKey], int]) -> list[Entry]:
+    def merge(self, changes: Iterable[Entry], store_bits: Callable[[ChunkKey], int]) -> list[Entry]:
         """The store's changes and ours since the last call, as one list: removals first, parents first."""
         self._settle()
         ours, self._changed = self._changed, {}
@@ -93,7 +92,7 @@ class DeviceMap:
             (held if bits else gone).append(Entry(root, key, bits))
         return gone + held
 
-    def inventory(self, changes: Iterable[Change]) -> list[Entry]:
+    def inventory(self, changes: Iterable[Entry]) -> list[Entry]:
         """The store's inventory and ours.  Safe to call from another thread: it copies before it reads."""
         claims = dict(list(self._claims.items()))
         entries = [Entry(c.root, c.key, c.bits | (DEVICE if claims.pop(c.key, None) else 0)) for c in changes]

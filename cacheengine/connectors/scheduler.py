@@ -283,17 +283,13 @@ class SchedulerHalf:
         if self._index is None:
             return
         if self._device is not None:
-            entries = self._device.merge(changes, self.store.bits)
-        else:
-            entries = [Entry(*change) for change in changes]
-        if entries:
-            self._index.publish(entries)
+            changes = self._device.merge(changes, self.store.bits)
+        if changes:
+            self._index.publish(changes)
 
     def _inventory(self) -> list[Entry]:
         held = self.store.inventory()
-        if self._device is not None:
-            return self._device.inventory(held)
-        return [Entry(*change) for change in held]
+        return held if self._device is None else self._device.inventory(held)
 
     def _beat(self) -> Mapping[str, float | int | str]:
         with self._lock:

@@ -5,11 +5,12 @@ it knows (a connection failed, a server said it is the wrong one).  Safe for sev
 it empty both ask, and the later answer stays.
 """
 
-import binascii
 import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
+
+from redis.crc import key_slot
 
 from cacheengine.errors import TierDown
 from cacheengine.redis_url import Address, RedisUrl
@@ -91,10 +92,10 @@ class Cluster(Topology):
     def find(self, name: bytes, deadline: float) -> Address:
         if self._stale:
             self._learn(deadline)
-        address = self._slots[slot_of(name)]
+        address = self._slots[key_slot(name)]
         if address is None:
             self._stale = True
-            raise TierDown(f"redis {self.where}: no node serves slot {slot_of(name)}")
+            raise TierDown(f"redis {self.where}: no node serves slot {key_slot(name)}")
         return address
 
     def distrust(self) -> None:
@@ -138,15 +139,6 @@ class Cluster(Topology):
 
 
 KINDS: dict[str, Callable[[RedisUrl], Topology]] = {"single": One, "sentinel": Master, "cluster": Cluster}
-
-
-def slot_of(name: bytes) -> int:
-    """A key's hash slot: CRC16 (XMODEM) of its first non-empty `{tag}`, or of all of it."""
-    start = name.find(b"{")
-    end = name.find(b"}", start + 1)
-    if 0 <= start < end - 1:
-        name = name[start + 1 : end]
-    return binascii.crc_hqx(name, 0) % SLOTS
 
 
 def _ask(address: Address, timeout: float, question: Command) -> Reply:

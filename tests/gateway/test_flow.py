@@ -11,9 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import QueueFull, QueueTimeout
-from gateway.flow import ANYBODY, ELDEST_EVERY, USUAL_SEATS, Anybody, Tenant, Turn, Turns
+from gateway.flow import ELDEST_EVERY, USUAL_SEATS, Tenant, Turn, Turns
 from router.worker import Load, Worker
 
+
+@dataclass(frozen=True, slots=True)
+class Anybody:
+    name: str = ""
+    priority: int = 0
+    weight: float = 1.0
+
+
+ANYBODY = Anybody()
 A, B, C = Anybody("a"), Anybody("b"), Anybody("c", weight=3.0)
 LATER = Anybody("later", priority=1)
 

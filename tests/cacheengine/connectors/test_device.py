@@ -15,7 +15,6 @@ from cacheengine.connectors.device import DeviceMap
 from cacheengine.connectors.planner import Scheduled
 from cacheengine.index_schema import DEVICE, HOST, Entry
 from cacheengine.keys import KeyScheme, Namespace
-from cacheengine.plan import Change
 
 BLOCK, PER = 16, 4
 CHUNK = BLOCK * PER
@@ -188,7 +187,7 @@ def test_a_chunk_held_by_both_carries_both_bits(engine):
     engine.add("a", PROMPT)
     engine.run("a", 1000)
     held = {KEYS[0]: HOST, KEYS[1]: HOST}
-    changes = [Change(KEYS[0], key, bits) for key, bits in held.items()]
+    changes = [Entry(KEYS[0], key, bits) for key, bits in held.items()]
     entries = engine.device.merge(changes, lambda key: held.get(key, 0))
     assert entries == [
         Entry(KEYS[0], KEYS[0], HOST | DEVICE),
@@ -197,7 +196,7 @@ def test_a_chunk_held_by_both_carries_both_bits(engine):
     ]
     assert engine.device.inventory(changes) == entries
     # the host tier drops one that vLLM still has
-    assert engine.device.merge([Change(KEYS[0], KEYS[1], 0)], lambda key: 0) == [
+    assert engine.device.merge([Entry(KEYS[0], KEYS[1], 0)], lambda key: 0) == [
         Entry(KEYS[0], KEYS[1], DEVICE)
     ]
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from redis.crc import key_slot
 
 from cacheengine.errors import TierDown
 from cacheengine.tiers.redis import RedisTier
-from cacheengine.tiers.redis_nodes import slot_of
 from cacheengine.tiers.resp import Command, Connection
 from tests.cacheengine.tiers.kit import blank, chunks, key, redis_tier, ref, scripted
 from tests.servers import until
@@ -28,14 +28,14 @@ def names(n: int) -> list[str]:
 
 
 def node_of(cluster: Any, name: str) -> int:
-    return next(i for i in range(3) if slot_of(name.encode()) < 16384 * (i + 1) // 3)
+    return next(i for i in range(3) if key_slot(name.encode()) < 16384 * (i + 1) // 3)
 
 
 class Migration:
     """One slot on its way from its node to the next one, step by step."""
 
     def __init__(self, cluster: Any, name: str) -> None:
-        self.slot = slot_of(name.encode())
+        self.slot = key_slot(name.encode())
         self.source = cluster.nodes[node_of(cluster, name)]
         self.target = cluster.nodes[(node_of(cluster, name) + 1) % 3]
         self.all = cluster.nodes
@@ -87,7 +87,7 @@ class Migration:
 def test_slots_are_the_ones_the_server_counts(cluster: Any):
     with cluster.nodes[0].client() as client:
         for name in ("a", "org/model@1@0@00_bytes", "a{b}c", "a{}c", "{x", "m{{a}}b", "x}{y}", ""):
-            assert slot_of(name.encode()) == client.execute_command("CLUSTER KEYSLOT", name)
+            assert key_slot(name.encode()) == client.execute_command("CLUSTER KEYSLOT", name)
 
 
 def test_the_two_keys_of_a_chunk_may_live_on_two_nodes(tier: RedisTier, cluster: Any):
@@ -212,7 +212,7 @@ def test_a_single_url_of_a_cluster_node_is_down_and_says_why(cluster: Any):
 def test_a_cluster_that_is_down_is_tier_down(tier: RedisTier, cluster: Any):
     refs, data = chunks(4)
     tier.write(refs, data)
-    slot = slot_of(names(0)[1].encode())
+    slot = key_slot(names(0)[1].encode())
     node = cluster.nodes[node_of(cluster, names(0)[1])]
     with node.client() as client:
         client.execute_command("CLUSTER DELSLOTS", slot)
