@@ -46,9 +46,6 @@ class Tier(Protocol):
         """Keep payloads; return how many leading ones are safely kept.  Rewriting a key is a no-op or an
         overwrite with equal bytes.  A full or failing medium keeps fewer.  Raises TierDown."""
 
-    def drop(self, refs: Sequence[Ref]) -> None:
-        """Forget.  Unknown refs are fine.  Raises TierDown."""
-
     def close(self) -> None:
         """Release files and sockets.  Idempotent."""
 
@@ -66,9 +63,6 @@ class NullTier:
 
     def write(self, refs: Sequence[Ref], data: Sequence[memoryview]) -> int:
         return 0
-
-    def drop(self, refs: Sequence[Ref]) -> None:
-        return None
 
     def close(self) -> None:
         return None

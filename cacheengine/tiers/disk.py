@@ -209,14 +209,6 @@ class DiskTier:
         self.stats.add(bytes_written=nbytes)
         return kept
 
-    def drop(self, refs: Sequence[Ref]) -> None:
-        scratch = pages(1)
-        for ref in refs:
-            if self._holds(ref, scratch):  # a slot that was given to another chunk keeps it
-                file, slot = self._place(ref.slot)
-                with self._trouble(file):
-                    file.clear(slot)
-
     def close(self) -> None:
         """Let go of the files and their locks.  No verb may be running; later ones raise TierDown."""
         self._readers.shutdown()

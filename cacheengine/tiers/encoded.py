@@ -47,9 +47,6 @@ class Encoded:
 
         return self._in_batches(refs, data, move)
 
-    def drop(self, refs: Sequence[Ref]) -> None:
-        self.inner.drop(refs)
-
     def close(self) -> None:
         self.inner.close()
         self._scratch.close()

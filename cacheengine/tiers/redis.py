@@ -137,13 +137,6 @@ class RedisTier:
                 return self._refused(todo[done], refusal)
         return len(refs)
 
-    def drop(self, refs: Sequence[Ref]) -> None:
-        if not refs:
-            return
-        with self._session(0) as session:
-            if refusal := _first_error(self._unlink(session, refs)):
-                self._refused(0, refusal)
-
     def close(self) -> None:
         """Hang up; calls under way finish first or fail.  Later verbs raise TierDown."""
         self._pool.close()
@@ -262,14 +255,11 @@ class RedisTier:
             (meta, (b"EXPIRE", meta, self._ttl)),
         ]
 
-    def _unlink(self, session: Session, refs: Sequence[Ref]) -> list[Reply]:
-        return session.call([(name, (b"UNLINK", name)) for ref in refs for name in self._names(ref.key)])
-
     def _forget(self, session: Session, refs: Sequence[Ref]) -> None:
         """Best effort: what cannot be deleted now will be met again, or expire."""
         if refs:
             with suppress(TierDown):
-                self._unlink(session, refs)
+                session.call([(name, (b"UNLINK", name)) for ref in refs for name in self._names(ref.key)])
 
     def _refused(self, done: int, error: ErrorReply) -> int:
         """A server that refuses the very first chunk is down, unless it is merely full."""

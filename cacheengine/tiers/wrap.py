@@ -51,9 +51,6 @@ class Breaker:
     def write(self, refs: Sequence[Ref], data: Sequence[memoryview]) -> int:
         return self._guard(lambda tier: tier.write(refs, data))
 
-    def drop(self, refs: Sequence[Ref]) -> None:
-        self._guard(lambda tier: tier.drop(refs))
-
     def close(self) -> None:
         self.inner.close()
 

@@ -72,7 +72,6 @@ def test_users_with_the_documented_rights_can_do_all_that_workers_and_gateways_d
         assert worker.writer.stats.errors == 0
         refs, data = chunks(3)
         assert tier.write(refs, data) == tier.prefix(refs) == tier.read(refs, blank(3)) == 3
-        tier.drop(refs)
         assert tier.stats.errors == 0
         worker.writer.close()
         assert loop.fleet() == {}

@@ -439,8 +439,5 @@ class Weather:
     def write(self, refs: Sequence[Ref], data: Sequence[memoryview]) -> int:
         return self._suffer().write(refs, data)
 
-    def drop(self, refs: Sequence[Ref]) -> None:
-        self._suffer().drop(refs)
-
     def close(self) -> None:
         self.inner.close()

@@ -14,7 +14,7 @@ from cacheengine.keys import ChunkKey
 from cacheengine.layout import KVLayout
 from cacheengine.plan import DISK, NO_PARENT, Plan, Want
 from cacheengine.tier import Ref
-from cacheengine.tiers.disk import DiskTier, scan
+from cacheengine.tiers.disk import DiskTier, erase, scan
 from cacheengine.wishes import Verb, make
 from tests.conftest import ValkeyServer
 from tests.fakes import wait_until
@@ -157,7 +157,7 @@ def test_what_a_start_could_not_use_is_cleared_too(begin, valkey):
     life.save()
     life.demote(life.begin_demote())
     (first,) = (slot for slot, info in scan(*life.where, 0, 1).items() if info.key == KEYS[0])
-    life.disk.drop([Ref(KEYS[0], first)])
+    erase(*life.where, 0, 1, [first])
     life.end()
     again = begin()
     assert (again.half.store.inventory(), again.on_disk()) == ([], set(KEYS[1:]))

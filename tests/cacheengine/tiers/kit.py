@@ -122,6 +122,12 @@ class ScriptedServer:
             peer.close()
 
 
+def unlink(tier: RedisTier, refs: Sequence[Ref]) -> None:
+    """As a reader deletes what is damaged."""
+    with tier._session(0) as session:
+        tier._forget(session, refs)
+
+
 @contextmanager
 def scripted(*scripts: bytes) -> Iterator[ScriptedServer]:
     server = ScriptedServer(scripts)

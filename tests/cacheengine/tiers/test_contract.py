@@ -107,25 +107,8 @@ def test_a_partly_known_batch_is_kept_whole(tier: Tier):
     assert into == data
 
 
-def test_what_is_dropped_is_gone_and_the_rest_stays(tier: Tier):
-    refs, data = chunks(3)
-    tier.write(refs, data)
-    tier.drop(refs[1:2])
-    assert tier.prefix(refs) == 1
-    assert tier.prefix(refs[2:]) == 1
-
-
-def test_dropping_the_unknown_is_fine(tier: Tier):
-    refs, data = chunks(1)
-    tier.write(refs, data)
-    stranger = ref(5)._replace(slot=refs[0].slot)
-    tier.drop([stranger, ref(6)])
-    assert tier.prefix(refs) == 1
-
-
 def test_empty_batches_are_fine(tier: Tier):
     assert (tier.prefix([]), tier.read([], []), tier.write([], [])) == (0, 0, 0)
-    tier.drop([])
 
 
 def test_a_buffer_longer_than_a_chunk_is_a_bug(tier: Tier):

@@ -104,9 +104,7 @@ def test_a_restart_is_warm(tmp_path: Path):
 
 
 def test_a_scan_finds_slots_keys_and_lineage_while_the_file_is_in_use(tier: DiskTier, tmp_path: Path):
-    refs, data = chunks(3)
-    tier.write(refs, data)
-    tier.drop(refs[2:])
+    tier.write(*chunks(2))
     claims = {slot: (info.key, info.parent, info.root) for slot, info in found(tmp_path).items()}
     assert claims == {0: (key(0), b"", key(0)), 1: (key(1), key(0), key(0))}
 
@@ -445,7 +443,7 @@ def test_kill_dash_nine_leaves_only_whole_or_refused_slots(tmp_path: Path):
 
 
 class Lives(RuleBasedStateMachine):
-    """A tier through writes, drops, erasures, deaths, resizes and lost copies, against a dict."""
+    """A tier through writes, erasures, deaths, resizes and lost copies, against a dict."""
 
     slot = st.integers(0, SLOTS + 2)
     sizes = st.sampled_from([64, PAGE, PAYLOAD])
@@ -476,13 +474,6 @@ class Lives(RuleBasedStateMachine):
         into = buffer(size)
         assert self.tier.read([ref(n)._replace(slot=slot)], [into]) == 1
         assert into == payload(n, size)
-
-    @rule(slot=slot, n=st.integers(0, 20))
-    def drop(self, slot: int, n: int) -> None:
-        slot %= self.tier.slots
-        self.tier.drop([ref(n)._replace(slot=slot)])
-        if self.model.get(slot, (None,))[0] == n:
-            del self.model[slot]
 
     @rule(slots=st.sets(slot))
     def erase(self, slots: set[int]) -> None:

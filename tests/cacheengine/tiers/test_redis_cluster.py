@@ -9,7 +9,7 @@ from redis.crc import key_slot
 from cacheengine.errors import TierDown
 from cacheengine.tiers.redis import RedisTier
 from cacheengine.tiers.resp import Command, Connection
-from tests.cacheengine.tiers.kit import blank, chunks, key, redis_tier, ref, scripted
+from tests.cacheengine.tiers.kit import blank, chunks, key, redis_tier, ref, scripted, unlink
 from tests.servers import until
 
 pytestmark = pytest.mark.e2e
@@ -132,7 +132,7 @@ def test_a_slot_that_moved_is_followed(tier: RedisTier, cluster: Any):
     assert tier.read(refs, into) == 8
     assert into == data
     assert tier.prefix(refs) == 8
-    tier.drop(refs)
+    unlink(tier, refs)
     assert tier.prefix(refs) == 0
     assert tier.write(refs, data) == 8
     assert tier.stats.errors == 0
@@ -152,7 +152,7 @@ def test_a_slot_on_its_way_is_asked_at_both_ends(tier: RedisTier, cluster: Any, 
     assert tier.prefix(refs) == 8
     assert tier.read(refs, into) == 8
     assert into == data
-    tier.drop(refs[3:4])
+    unlink(tier, refs[3:4])
     assert tier.write(refs, data) == 8  # the chunk comes into being at the other end
     with move.target.client() as client:
         assert client.execute_command("CLUSTER COUNTKEYSINSLOT", move.slot) == 1

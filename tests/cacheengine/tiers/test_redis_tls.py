@@ -9,7 +9,7 @@ import redis
 from cacheengine.errors import TierDown
 from cacheengine.redis_url import parse
 from cacheengine.tiers.resp import Connection
-from tests.cacheengine.tiers.kit import blank, buffer, chunks, payload, redis_tier, ref
+from tests.cacheengine.tiers.kit import blank, buffer, chunks, payload, redis_tier, ref, unlink
 
 # of which docs/operations.md documents a superset: the index needs more
 RIGHTS = ("~*@*@*@*", "+get", "+set", "+hset", "+exists", "+expire", "+unlink")
@@ -91,7 +91,7 @@ def test_a_user_with_these_rights_can_do_everything(valkey: Any, admin: redis.Re
         assert tier.write(refs, data) == 4
         assert tier.prefix(refs) == 4
         assert tier.read(refs, blank(4)) == 4
-        tier.drop(refs)
+        unlink(tier, refs)
         assert tier.prefix(refs) == 0
         assert tier.stats.errors == 0
         tier.close()
