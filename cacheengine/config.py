@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 ENV_PREFIX = "CAIRN_"
 CONFIG_FILE_ENV = "CAIRN_CONFIG"
@@ -33,14 +33,8 @@ class ConfigError(ValueError):
     """A configuration somebody can fix: one sentence that says what to do."""
 
 
-def _at_least_one(value: int) -> int:
-    if value < 1:
-        raise ValueError("must be at least 1")
-    return value
-
-
 CodecName = Literal["raw", "fp8", "k16v8"]  # cacheengine/codecs.py; docs/codecs.md has what each costs
-Positive = Annotated[int, AfterValidator(_at_least_one)]
+Positive = Annotated[int, Field(ge=1)]
 
 
 class Config(BaseModel):
