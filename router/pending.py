@@ -21,9 +21,9 @@ class PendingPrefixes:
 
     def sent(self, keys: Sequence[ChunkKey], worker_id: str) -> None:
         """This prompt goes to this worker now."""
-        until = self._clock() + self._seconds
+        there = (worker_id, self._clock() + self._seconds)
         for key in reversed(keys):  # the front ends up youngest: tails are forgotten first
-            self._sent[key] = (worker_id, until)
+            self._sent[key] = there
             self._sent.move_to_end(key)
         while len(self._sent) > self._capacity:
             self._sent.popitem(last=False)

@@ -1,8 +1,7 @@
 """Where a request goes, and why."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, overload
 
 from router.policy import NO_HIT, Choice, Hit
 from router.worker import Worker
@@ -12,8 +11,7 @@ class NoWorker(Exception):
     """No worker that serves this model takes traffic now."""
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """One choice.  `reason` is one of a small fixed set, fit to be a metric's label:
 
     hit         this worker holds part of the prompt (or will: somebody is prefilling it there now)

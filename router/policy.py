@@ -5,8 +5,7 @@ replays from its log line.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
-from statistics import median_low
+from operator import attrgetter, itemgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -72,7 +71,7 @@ class Choice(NamedTuple):
 
     @property
     def terms_ms(self) -> dict[str, float]:
-        return {name: round(1000 * seconds, 3) for name, seconds in self.terms.items()}
+        return {name: round(1000 * seconds, 3) for name, seconds in zip(TERMS, self[3:], strict=True)}
 
 
 # prompt tokens, candidates, running number of the decision → best first, nobody left out
@@ -145,7 +144,7 @@ def cost(prompt: int, candidate: Candidate, rate: float) -> Choice:
     slower than recomputing (and all behind it) counts as a miss.
     """
     hit, transfer, compute = NO_HIT, 0.0, prompt / rate
-    if any(candidate.hit):
+    if candidate.hit != NO_HIT:
         hit, transfer, compute = _best_stop(prompt, candidate, rate)
     # what is under way is half done on average; so equal prompts meet instead of computing twice
     queue = max(0.0, candidate.queued_tokens - candidate.pending_tokens / 2) / rate
@@ -156,24 +155,19 @@ def cost(prompt: int, candidate: Candidate, rate: float) -> Choice:
 
 def _best_stop(prompt: int, candidate: Candidate, rate: float) -> tuple[Hit, float, float]:
     """What is loaded, and the seconds of loading it and of computing the rest."""
-    moved = loaded = 0.0
+    moved = loaded = best_moved = 0.0
     best, best_stop = prompt / rate, 0
-    best_moved = 0.0
     for stop, tier in enumerate(TIERS, 1):
-        tokens = min(candidate.hit[stop - 1], prompt - loaded)
+        if not (tokens := min(candidate.hit[stop - 1], prompt - loaded)):
+            continue
         loaded += tokens
         if tier != "device":
             speed = candidate.bandwidth.get(tier, 0)
             moved += tokens * candidate.token_bytes / (speed if speed >= SLOWEST else DEFAULT_BANDWIDTH[tier])
         seconds = moved + (prompt - loaded) / rate
-        if tokens and seconds <= best:
+        if seconds <= best:
             best, best_stop, best_moved = seconds, stop, moved
-    hit = (
-        NO_HIT
-        if not best_stop
-        else Hit(*(tokens if i < best_stop else 0 for i, tokens in enumerate(candidate.hit)))
-    )
-    return hit, best_moved, best - best_moved
+    return Hit(*candidate.hit[:best_stop]), best_moved, best - best_moved
 
 
 def replay(decision: Mapping[str, Any]) -> list[str]:
@@ -219,8 +213,8 @@ def _behind(choices: Sequence[Choice]) -> float:
     longest = max([choice.compute for choice in choices], default=0.0)
     if longest <= 0:
         return 0.0
-    queue = median_low([choice.queue for choice in choices])
-    return min(MOST_BEHIND, BEHIND * queue / longest)
+    queues = sorted([choice.queue for choice in choices])
+    return min(MOST_BEHIND, BEHIND * queues[(len(queues) - 1) // 2] / longest)
 
 
 def _by_price(choices: Sequence[Choice], dearer: float) -> list[Choice]:
@@ -233,13 +227,9 @@ def _by_price(choices: Sequence[Choice], dearer: float) -> list[Choice]:
     return sorted(equal, key=_load) + [choice for _, _, choice in rest]
 
 
+_load = attrgetter("candidate.inflight", "candidate.queued_tokens", "candidate.ring")
+_ring = attrgetter("candidate.ring")
+
+
 def _draw(choice: Choice, turn: int) -> bytes:
     return digest(f"{turn} {choice.candidate.worker}".encode())
-
-
-def _load(choice: Choice) -> tuple[float, float, int]:
-    return choice.candidate.inflight, choice.candidate.queued_tokens, choice.candidate.ring
-
-
-def _ring(choice: Choice) -> int:
-    return choice.candidate.ring

@@ -23,7 +23,7 @@ class Forks:
     ) -> None:
         self._clock, self._many, self._seconds, self._capacity = clock, many, seconds, capacity
         # chunk → its latest followers, at most `many`, and when each was seen last; oldest first in both
-        self._seen: OrderedDict[ChunkKey, OrderedDict[ChunkKey, float]] = OrderedDict()
+        self._seen: OrderedDict[ChunkKey, dict[ChunkKey, float]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -35,8 +35,11 @@ class Forks:
     def shared(self, keys: Sequence[ChunkKey]) -> int:
         """How many leading chunks many prompts have in common; fewer than there are.  REQUIRES keys."""
         for i in range(min(len(keys) - 1, DEPTH), 0, -1):
-            if self._popular(keys[i - 1]):
-                return i
+            followers = self._seen.get(keys[i - 1])
+            if followers is not None and len(followers) >= self._many:
+                oldest = next(iter(followers.values()))
+                if self._clock() - oldest <= self._seconds:
+                    return i
         return 0
 
     def passed(self, keys: Sequence[ChunkKey]) -> None:
@@ -45,19 +48,12 @@ class Forks:
         seen = self._seen
         for i in range(min(len(keys) - 1, DEPTH), 0, -1):  # the front ends up youngest
             if (followers := seen.get(keys[i - 1])) is None:
-                followers = seen[keys[i - 1]] = OrderedDict()
-            else:
-                seen.move_to_end(keys[i - 1])
+                seen[keys[i - 1]] = {keys[i]: now}
+                continue
+            seen.move_to_end(keys[i - 1])
+            followers.pop(keys[i], None)
             followers[keys[i]] = now
-            followers.move_to_end(keys[i])
             if len(followers) > self._many:
-                followers.popitem(last=False)
+                del followers[next(iter(followers))]
         while len(seen) > self._capacity:
             seen.popitem(last=False)
-
-    def _popular(self, key: ChunkKey) -> bool:
-        followers = self._seen.get(key, ())
-        if len(followers) < self._many:
-            return False
-        oldest = next(iter(self._seen[key].values()))
-        return self._clock() - oldest <= self._seconds

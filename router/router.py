@@ -180,7 +180,6 @@ class Router:
         candidates, claims = self._survey.candidates(asked, workers, scheme, holders, by_session, dry)
         ran = self._runs(self.policy, index)
         order = decide(ran, asked.tokens, candidates, self._turn)
-        ignored = any(map(any, claims.values())) and not any(any(c.hit) for c in candidates)
         keyed, turn = bool(asked.keys), self._turn
 
         def placement(choice: Choice) -> Placement:
@@ -204,7 +203,7 @@ class Router:
             ran=ran,
             turn=turn,
             index=index,
-            blind=self._blind(index, keyed, scheme, ignored),
+            blind=self._blind(index, keyed, scheme, claims, candidates),
             lookup=lookup,
             given=candidates,
             choices=order,
@@ -217,7 +216,14 @@ class Router:
     def _runs(self, policy: str, index: str) -> str:
         return FALLBACK if index == "down" and policy not in CACHE_BLIND else policy
 
-    def _blind(self, index: str, keyed: bool, scheme: KeyScheme | None, ignored: bool) -> str:
+    def _blind(
+        self,
+        index: str,
+        keyed: bool,
+        scheme: KeyScheme | None,
+        claims: Mapping[str, Hit],
+        candidates: Sequence[Candidate],
+    ) -> str:
         """Why this decision was made without the index; "" where it was not."""
         if self.policy in CACHE_BLIND:
             return "policy"
@@ -229,7 +235,8 @@ class Router:
             return "no_scheme"
         if not keyed:
             return "no_keys"
-        return "stale" if ignored else ""
+        claimed, believed = any(map(any, claims.values())), any(any(c.hit) for c in candidates)
+        return "stale" if claimed and not believed else ""
 
     def _shadowed(
         self,

@@ -61,8 +61,9 @@ class Survey:
         candidates, claims = [], {}
         for worker, (inflight, prefilling) in zip(workers.values(), loads, strict=True):
             hit, pending = NO_HIT, 0
-            if (holders or worker.id == sent_to) and scheme is not None and worker.scheme == scheme:
-                held = holders.get((worker.id, worker.epoch), NOTHING)
+            held = holders.get((worker.id, worker.epoch), NOTHING)
+            told = held is not NOTHING or shared or worker.id == sent_to
+            if told and scheme is not None and worker.scheme == scheme:
                 if held.shared != (common := shared if worker.shares else 0):
                     held = held._replace(shared=common)
                 hit = claims[worker.id] = _stretches(held, scheme.chunk_tokens, asked.tokens)
@@ -74,18 +75,18 @@ class Survey:
                     hit = _stretches(believed, scheme.chunk_tokens, asked.tokens)
             load = worker.load
             candidates.append(
-                Candidate(
-                    worker=worker.id,
-                    ring=rank[worker.id],
-                    inflight=inflight,
-                    running=load.running,
-                    queued_tokens=prefilling + others[worker.id],
-                    pending_tokens=pending,
-                    prefill_rate=load.prefill_rate,
-                    hit=hit,
-                    token_bytes=worker.token_bytes,
-                    bandwidth=worker.bandwidth,
-                    held_back=_held_back(worker, hit, ring_key),
+                Candidate(  # by place: names cost as much again
+                    worker.id,
+                    rank[worker.id],
+                    inflight,
+                    load.running,
+                    prefilling + others[worker.id],
+                    pending,
+                    load.prefill_rate,
+                    hit,
+                    worker.token_bytes,
+                    worker.bandwidth,
+                    _held_back(worker, hit, ring_key),
                 )
             )
         return candidates, claims
@@ -167,7 +168,7 @@ def _stretches(held: Depths, chunk_tokens: int, prompt_tokens: int) -> Hit:
         return NO_HIT
     tokens, reached = [], 0
     for depth in held:
-        end = max(reached, min(depth * chunk_tokens, prompt_tokens))
+        end = max(reached, min(depth * chunk_tokens, prompt_tokens)) if depth else reached
         tokens.append(end - reached)
         reached = end
     return Hit(*tokens)

@@ -321,7 +321,7 @@ def test_a_stale_claim_of_an_earlier_process_is_not_held_against_the_next() -> N
 def test_what_a_worker_that_left_still_says_is_not_remembered(change: dict[str, str]) -> None:
     house = House({"a": Depths(device=8)})
     placement = house.place()[0]
-    left = replace(placement, worker=replace(placement.worker, **change))
+    left = placement._replace(worker=replace(placement.worker, **change))
     for _ in range(5):
         house.answer(left, 0)
     assert house.router.trust._rows == {}
