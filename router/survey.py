@@ -107,8 +107,9 @@ class Survey:
 
     def sent(self, asked: Question, worker_id: str) -> None:
         """This prompt goes to this worker now; the index will hear of it later."""
-        self._pending.sent(asked.keys, worker_id)
-        self._forks.passed(asked.keys)
+        if asked.keys:
+            self._pending.sent(asked.keys, worker_id)
+            self._forks.passed(asked.keys)
 
     def _ring_key(self, asked: Question, by_session: bool) -> bytes:
         """A session keeps its place where that is the policy.  Elsewhere the prompt says more: a session's
