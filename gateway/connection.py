@@ -13,6 +13,7 @@ if they did not: RFC 9110 7.8 lets a server ignore the offer; httptools would dr
 """
 
 from asyncio import Protocol, TimerHandle, Transport
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.errors import BadRequest, Crowded, GatewayError, HeadTooLarge, RequestTooSlow
+from gateway.proxy import HANGUP
 
 MAX_HEAD_BYTES = 64 << 10
 SLOWEST_BYTES = 16 << 10  # a second
@@ -48,6 +50,7 @@ class Connection(HttpToolsProtocol):
         self._received = self._chunk = 0  # bytes of this request; in this read
         self._timer: TimerHandle | None = None  # runs while the caller owes us bytes
         self._unread: TimerHandle | None = None  # runs while it does not take ours
+        self._hangup: set[Callable[[], None]] = set()  # who wants to know of it
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -60,6 +63,8 @@ class Connection(HttpToolsProtocol):
         self._unwatch()
         self._taken()
         super().connection_lost(exc)
+        for left in [*self._hangup]:
+            left()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -108,6 +113,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["extensions"] = {HANGUP: cast("dict[object, object]", self._hangup)}
         self._owing, self._in_head, self._answered = True, True, False
         self._began, self._received = self.loop.time(), self._chunk
 
@@ -127,6 +133,8 @@ class Connection(HttpToolsProtocol):
             self._owing = False
             self._unwatch()
             super().on_message_complete()
+            if not self.pipeline:
+                self.flow.resume_reading()  # or nobody would see the caller hang up
 
     def on_response_complete(self) -> None:
         another = self._in_head or self.pipeline  # what comes is not of the request just answered

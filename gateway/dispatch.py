@@ -5,7 +5,6 @@ Everything a request holds is released here: its place in the in-flight count an
 and its turn in a `finally`, the worker's connection by leaving `ask_worker`.
 """
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from gateway.attempts import Attempts
 from gateway.config import GatewayConfig
 from gateway.endpoints import Endpoint
 from gateway.envelope import REQUEST_ID
-from gateway.errors import GatewayError, NoWorker, Overloaded, TookTooLong
+from gateway.errors import GatewayError, NoWorker, Overloaded
 from gateway.exchange import Exchange, Prompt
 from gateway.flow import Turns
 from gateway.metrics import Metrics
@@ -65,7 +64,7 @@ class Dispatcher:
             if self.inflight > self._config.max_inflight:
                 raise Overloaded(self.inflight - 1)
             await self._read(exchange)
-            await self._in_time(exchange)
+            await client.stays_for(self._answer(exchange), self._config.total_timeout_seconds)
         except ClientGone:
             exchange.aborted = True
         except GatewayError as exc:
@@ -95,18 +94,6 @@ class Dispatcher:
             client.part,
         )
         await exchange.upload.look(most)
-
-    async def _in_time(self, exchange: Exchange) -> None:
-        """Raises GatewayError and ClientGone."""
-        seconds = self._config.total_timeout_seconds
-        try:
-            async with asyncio.timeout(seconds) as timer:
-                if not await exchange.client.stays_for(self._answer(exchange)):
-                    raise ClientGone
-        except TimeoutError:
-            if not timer.expired():
-                raise
-            raise TookTooLong(seconds) from None
 
     async def _answer(self, exchange: Exchange) -> None:
         """Raises GatewayError."""

@@ -35,11 +35,10 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = [(key, value) for key, value in scope["headers"] if key != REQUEST_ID]
         given = [value for key, value in scope["headers"] if key == REQUEST_ID]
         fit = len(given) == 1 and _FIT.fullmatch(given[0])
         name = (REQUEST_ID, given[0] if fit else os.urandom(16).hex().encode())
-        scope["headers"] = [*headers, name]
+        scope["headers"] = [*(header for header in scope["headers"] if header[0] != REQUEST_ID), name]
 
         def answer(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":

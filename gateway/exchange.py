@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cacheengine.keys import ChunkKey
 from gateway.endpoints import Endpoint
@@ -17,8 +18,7 @@ from router.policy import SLOWEST
 CLIENT_CLOSED = 499  # the status of a request whose client left before the first byte
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(NamedTuple):
     """What routing needs to know of a request."""
 
     model: str

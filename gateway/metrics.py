@@ -30,6 +30,10 @@ class Counter(prometheus_client.Counter):
     def labels(self, *values: str) -> Self:  # type: ignore[override]
         return self._metrics.get(values) or super().labels(*values)  # type: ignore[return-value]
 
+    def inc(self, amount: float = 1.0, exemplar: dict[str, str] | None = None) -> None:
+        """REQUIRES: 0 <= `amount`, and labels where there are any: unchecked."""
+        self._value.inc(amount)
+
 
 class Histogram(prometheus_client.Histogram):
     """The same for a histogram."""

@@ -7,12 +7,15 @@ byte, so until then another worker may be tried.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
 
 from starlette.types import Message, Receive, Scope, Send
 
+from gateway.alarm import Alarm
 from gateway.errors import (
     OPENAI,
     BadRequest,
@@ -20,6 +23,7 @@ from gateway.errors import (
     Busy,
     Dialect,
     GatewayError,
+    TookTooLong,
     TooSlow,
     Unreachable,
     Upstream,
@@ -37,6 +41,8 @@ _HOP_BY_HOP = frozenset(
 _NOT_SENT = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"x-cairn-explain"}
 # x-request-id: the envelope says it once, for every answer.
 _NOT_RETURNED = _HOP_BY_HOP | {b"date", b"server", b"x-request-id"}
+# Of a scope: the set of those whom the server calls when the connection is lost.
+HANGUP = "cairn.hangup"
 _MAX_HELD_BYTES = 1 << 20  # an event longer than this is passed on in pieces
 
 
@@ -60,13 +66,15 @@ class Client:
         self._keepalive: Keepalive | None = None
         self._receive = receive
         self._send = send
+        self._named = dict(reversed(self.headers))  # of one that is repeated: the first
+        self._hangup: set[Callable[[], None]] | None = scope.get("extensions", {}).get(HANGUP)
 
     def through(self, wrap: Callable[[Send], Send]) -> None:
         """All that the caller is told from now on goes through `wrap(send)`."""
         self._send = wrap(self._send)
 
     def header(self, name: bytes) -> bytes | None:
-        return next((value for key, value in self.headers if key == name), None)
+        return self._named.get(name)
 
     async def body(self, limit: int) -> bytes:
         """The whole request body.  Raises BodyTooLarge or ClientGone."""
@@ -146,32 +154,39 @@ class Client:
         elif self.streams and not self.finished:
             await self.finish(self.dialect.event(error))
 
-    async def stays_for(self, work: Coroutine[None, None, None]) -> bool:
-        """Run `work` and raise what it raises; False when the client left first and the work was cancelled.
+    async def stays_for(self, work: Coroutine[None, None, None], seconds: float) -> None:
+        """Run `work` and raise what it raises; ClientGone when the client left first, TookTooLong after
+        `seconds`: then the work was cancelled."""
+        alarm = Alarm()
+        alarm.ring_after(seconds, partial(TookTooLong, seconds))
 
-        Servers only report a hang-up to whoever is waiting in receive(), so somebody has to be, also while
-        a worker is silent."""
-        task, over, left = asyncio.current_task(), False, False
-        assert task is not None
+        def left() -> None:
+            if not self.finished:
+                alarm.ring(ClientGone)
 
-        def heard(ears: asyncio.Task[None]) -> None:
-            nonlocal left
-            if not over and not self.finished:
-                left = True
-                task.cancel()
-
-        ears = asyncio.create_task(self._hung_up())
-        ears.add_done_callback(heard)
+        ears = self._ears(left)
         try:
             await work
         except asyncio.CancelledError:
-            if left and not task.uncancel():
-                return False
+            if reason := alarm.heard():
+                raise reason from None
             raise
         finally:
-            over = True
-            ears.cancel()
-        return True
+            alarm.off()
+            if ears is not None:
+                ears.cancel()
+            elif self._hangup is not None:
+                self._hangup.discard(left)
+
+    def _ears(self, left: Callable[[], None]) -> "asyncio.Task[None] | None":
+        """Our server calls `left`.  Any other tells of a hang-up only whoever waits in receive(), so somebody
+        has to, also while a worker is silent; and an upload is read there."""
+        if self._hangup is not None and self.upload is None:
+            self._hangup.add(left)
+            return None
+        ears = asyncio.create_task(self._hung_up())
+        ears.add_done_callback(lambda _: left())
+        return ears
 
     async def _hung_up(self) -> None:
         with suppress(ClientGone):
@@ -198,7 +213,7 @@ class Answer:
     headers: Headers
     first: bytes
     rest: Reply
-    timer: asyncio.Timeout
+    alarm: Alarm
     idle: float
     tail: bytes = b""  # the last bytes relayed
 
@@ -207,64 +222,82 @@ class Answer:
         """What the answer, once relayed, says it cost.  Searches the tail: ask once."""
         return read_usage(self.tail)
 
+    def lives(self) -> None:
+        """It may be silent for `idle` seconds from now on."""
+        self.alarm.ring_after(self.idle, TooSlow)
 
-@asynccontextmanager
-async def ask_worker(
-    transport: Transport,
-    base_url: str,
-    path: str,
-    headers: Headers,
-    body: bytes | Upload,
-    patience: Patience,
-    connected: Callable[[], None] | None = None,
-) -> AsyncIterator[Answer]:
-    """Send `body` as it is and wait for the first bytes of the answer; leaving closes the connection.
+
+class ask_worker:
+    """Sends `body` as it is and waits for the first bytes of the answer; leaving closes the connection.
 
     Raises Unreachable, Busy (it answered 503), TooSlow, or Upstream (it closed without a byte) on entry;
-    TooSlow and Upstream out of the body of the `with` too.  One timer, moved along, guards every silence.
+    TooSlow and Upstream out of the body of the `with` too.  One alarm, moved along, guards every silence.
     `connected` hears when a connection is there, new or kept."""
-    question = Question(
-        base_url,
-        path.encode(),
-        _forwarded(headers),
-        body,
-        body.length if isinstance(body, Upload) else None,
-        connect_seconds=patience.connect,
-        connected=connected,
-    )
-    reply: Reply | None = None
-    try:
-        async with asyncio.timeout(patience.first_byte) as timer:
-            reply = await transport.ask(question)
+
+    __slots__ = ("_alarm", "_patience", "_question", "_reply", "_transport")
+
+    def __init__(
+        self,
+        transport: Transport,
+        base_url: str,
+        path: str,
+        headers: Headers,
+        body: bytes | Upload,
+        patience: Patience,
+        connected: Callable[[], None] | None = None,
+    ) -> None:
+        length = body.length if isinstance(body, Upload) else None
+        self._transport, self._patience = transport, patience
+        self._question = Question(
+            base_url, path.encode(), _forwarded(headers), body, length, b"POST", patience.connect, connected
+        )
+        self._reply: Reply | None = None
+        self._alarm: Alarm | None = None
+
+    async def __aenter__(self) -> Answer:
+        alarm = self._alarm = Alarm()
+        alarm.ring_after(self._patience.first_byte, TooSlow)
+        try:
+            reply = self._reply = await self._transport.ask(self._question)
             if reply.status == 503:
                 raise Busy
             first = await reply.read()
-            back = [header for header in reply.headers if header[0] not in _NOT_RETURNED]
-            yield Answer(reply.status, back, first, reply, timer, patience.idle)
-    except NotConnected as exc:
-        raise Unreachable(exc) from exc
-    except Unsendable as exc:
-        raise BadRequest("A header of this request cannot be forwarded.") from exc
-    except TimeoutError as exc:
-        raise TooSlow(exc) from exc
-    except WireError as exc:
-        raise Upstream(exc) from exc
-    finally:
-        if reply is not None:
-            reply.close()
+        except BaseException as exc:
+            self._left(exc)
+            raise
+        back = [header for header in reply.headers if header[0] not in _NOT_RETURNED]
+        return Answer(reply.status, back, first, reply, alarm, self._patience.idle)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._left(exc)
+
+    def _left(self, exc: BaseException | None) -> None:
+        """Lets go, and raises what `exc` means."""
+        assert self._alarm is not None
+        self._alarm.off()
+        if self._reply is not None:
+            self._reply.close()
+        if isinstance(exc, asyncio.CancelledError) and (reason := self._alarm.heard()):
+            raise reason from exc
+        if isinstance(exc, NotConnected):
+            raise Unreachable(exc) from exc
+        if isinstance(exc, Unsendable):
+            raise BadRequest("A header of this request cannot be forwarded.") from exc
+        if isinstance(exc, WireError):
+            raise Upstream(exc) from exc
 
 
 async def relay(answer: Answer, client: Client, extra: Headers) -> None:
     """Everything from the worker to the client, `extra` headers added.  Streams are cut at event boundaries
     only, so that an error event can always follow.  Runs inside `ask_worker`, which maps what it raises."""
-    loop = asyncio.get_running_loop()
     await client.hush()
     if client.status and not _is_stream(answer.headers):
-        await _as_event(answer, client, loop)
+        await _as_event(answer, client)
         return
     await client.start(answer.status, [*answer.headers, *extra])
     held, chunk = b"", answer.first
-    until = 0.0
     while chunk:
         answer.tail = chunk[-TAIL_BYTES:] if len(chunk) >= TAIL_BYTES else (answer.tail + chunk)[-TAIL_BYTES:]
         if answer.rest.over:
@@ -274,20 +307,18 @@ async def relay(answer: Answer, client: Client, extra: Headers) -> None:
             chunk, held = whole_events(held + chunk)
         if chunk:
             await client.write(chunk)
-        if (now := loop.time()) > until:  # not for every chunk: a silence may last an eighth longer
-            until = now + answer.idle / 8
-            answer.timer.reschedule(until + answer.idle)
+        answer.lives()
         chunk = await answer.rest.read()
     await client.finish(held)
 
 
-async def _as_event(answer: Answer, client: Client, loop: asyncio.AbstractEventLoop) -> None:
+async def _as_event(answer: Answer, client: Client) -> None:
     """An answer that is no stream, to a client that was promised one: an error, as a rule."""
     client.answered = True
     body, chunk = b"", answer.first
     while chunk and len(body) <= _MAX_HELD_BYTES:
         body += chunk
-        answer.timer.reschedule(loop.time() + answer.idle)
+        answer.lives()
         chunk = await answer.rest.read()
     answer.tail = body[-TAIL_BYTES:]
     name = b"event: error\n" if answer.status >= 400 else b""
@@ -310,9 +341,9 @@ def whole_events(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _forwarded(headers: Headers) -> Headers:
-    named = {
-        token.strip().lower() for key, value in headers if key == b"connection" for token in value.split(b",")
-    }
+    dropped = _NOT_SENT
+    for key, value in headers:
+        if key == b"connection":
+            dropped = dropped.union(token.strip().lower() for token in value.split(b","))
     # A name with "_" is the one with "-" to some servers: `content_length` would be a second opinion.
-    dropped = _NOT_SENT | named
-    return [(key, value) for key, value in headers if key not in dropped and b"_" not in key]
+    return [header for header in headers if header[0] not in dropped and b"_" not in header[0]]

@@ -8,7 +8,7 @@ import math
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ KINDS = 64  # of errors told apart; further ones are "other"
 _FINEST = 0.001  # seconds
 _RATIO = math.log(1.1)
 _BUCKETS = 160  # up to an hour
+_NOTHING = (0,) * len(TIERS)
 
 
 class Times:
@@ -215,9 +216,11 @@ class Pulse:
         return self._open
 
 
-def by_tier(expected: Mapping[str, int], cached: int) -> list[int]:
+def by_tier(expected: Mapping[str, int], cached: int) -> Sequence[int]:
     """`cached` tokens as the worker counted them, dealt to the tiers they were expected in: from the front,
     and what nobody expected to the device, whose cache changes fastest."""
+    if not cached:
+        return _NOTHING
     dealt, left = [], cached
     for tier in TIERS:
         dealt.append(min(left, expected.get(tier, 0)))

@@ -31,14 +31,18 @@ NO_USAGE = Usage()
 
 def read_usage(tail: bytes) -> Usage:
     """The last usage object in `tail`; NO_USAGE where there is none, or it began before the tail."""
-    at = next((found.end() for found in reversed([*_USAGE.finditer(tail)])), None)
-    if at is None:
+    at = tail.rfind(b'"usage":')
+    while at >= 0 and not _USAGE.match(tail, at):
+        at = tail.rfind(b'"usage":', 0, at)
+    if at < 0:
         return NO_USAGE
     said = tail[at:]
-    prompt, read = _number(_PROMPT, said), _number(_READ, said)
-    if prompt is not None:
-        prompt += (read or 0) + (_number(_WRITTEN, said) or 0)
-    cached = read if read is not None else _number(_CACHED, said)
+    prompt, cached = _number(_PROMPT, said), _number(_CACHED, said)
+    if b'"cache_' in said:  # Anthropic's
+        read = _number(_READ, said)
+        if prompt is not None:
+            prompt += (read or 0) + (_number(_WRITTEN, said) or 0)
+        cached = cached if read is None else read
     return Usage(prompt, _number(_COMPLETION, said), cached)
 
 
