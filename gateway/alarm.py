@@ -35,14 +35,17 @@ class Alarm:
             self._task.cancel()
 
     def ring_after(self, seconds: float, reason: Reason) -> None:
-        """Instead of any time said before.  To move it to later costs next to nothing: the timer looks again
-        when it wakes."""
+        """Instead of any time said before."""
         self._late, self._at = reason, self._loop.time() + seconds
         if self._handle is not None and self._handle.when() > self._at:
             self._handle.cancel()
             self._handle = None
         if self._handle is None:
             self._handle = self._loop.call_at(self._at, self._look)
+
+    def later(self, seconds: float) -> None:
+        """For the same reason.  REQUIRES: ring_after() was called, and not for later than this."""
+        self._at = self._loop.time() + seconds
 
     def heard(self) -> Exception | None:
         """Why the task was cancelled, if it was by this alarm alone."""
@@ -55,6 +58,7 @@ class Alarm:
             self._handle.cancel()
 
     def _look(self) -> None:
+        """It was moved, or this is the time."""
         self._handle = None
         if self._loop.time() < self._at:
             self._handle = self._loop.call_at(self._at, self._look)

@@ -24,6 +24,7 @@ from gateway.tenants import Door
 from gateway.tracing import Tracer
 from gateway.upload import Upload
 from router.placement import NoWorker as NobodyReady
+from router.placement import Placement
 from router.router import Router
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ class Dispatcher:
             if self.inflight > self._config.max_inflight:
                 raise Overloaded(self.inflight - 1)
             await self._read(exchange)
-            await client.stays_for(self._answer(exchange), self._config.total_timeout_seconds)
+            with client.here(self._config.total_timeout_seconds):
+                await self._answer(exchange)
         except ClientGone:
             exchange.aborted = True
         except GatewayError as exc:
@@ -113,22 +115,23 @@ class Dispatcher:
         await self._door.take(exchange, ask, prompt)
         turn = await self._turns.take(prompt.model, exchange.caller, prompt.tokens)
         exchange.queued = turn.waited
+        started = trace.step("queue", tokenized)
         try:
-            await self._carry(exchange, prompt, trace.step("queue", tokenized))
+            placements = await self._placed(exchange, prompt)
+            if self._router.decisions:  # nothing ran since: the last one is ours
+                trace.placed(started, self._router.decisions[-1])
+            await self._attempts.answer(exchange, prompt, placements)
         finally:
             turn.done(exchange.usage.completion or 0)
 
-    async def _carry(self, exchange: Exchange, prompt: Prompt, started: float) -> None:
+    async def _placed(self, exchange: Exchange, prompt: Prompt) -> Sequence[Placement]:
         session = exchange.client.header(SESSION) or prompt.session
         try:
-            placements = await self._router.place(
+            return await self._router.place(
                 prompt.model, prompt.keys, prompt.tokens, affinity=prompt.affinity, session=session
             )
         except NobodyReady as exc:
             raise NoWorker(prompt.model) from exc
-        if self._router.decisions:  # nothing ran since: the last one is ours
-            exchange.trace.placed(started, self._router.decisions[-1])
-        await self._attempts.answer(exchange, prompt, placements)
 
     async def explain(self, body: bytes, session: bytes = b"") -> dict[str, Any]:
         """Where a request with this body, and this x-session-id, would go now, and why.  A dry run.  Raises

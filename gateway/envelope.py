@@ -31,10 +31,9 @@ class Envelope:
                 expose_headers=("*",),
             )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+            return self._app(scope, receive, send)
         given = [value for key, value in scope["headers"] if key == REQUEST_ID]
         fit = len(given) == 1 and _FIT.fullmatch(given[0])
         name = (REQUEST_ID, given[0] if fit else os.urandom(16).hex().encode())
@@ -46,4 +45,4 @@ class Envelope:
             return send(message)
 
         inner = self._app if scope["path"].startswith(_OPERATORS) else self._open
-        await inner(scope, receive, answer)
+        return inner(scope, receive, answer)

@@ -7,7 +7,7 @@ byte, so until then another worker may be tried.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from gateway.errors import (
 )
 from gateway.keepalive import COMMENT, Keepalive
 from gateway.upload import Upload
-from gateway.usage import TAIL_BYTES, Usage, read_usage
+from gateway.usage import TAIL_BYTES, USAGE, Usage, read_usage
 from gateway.wire import Headers, NotConnected, Question, Reply, Transport, Unsendable, WireError
 
 _HOP_BY_HOP = frozenset(
@@ -154,39 +154,22 @@ class Client:
         elif self.streams and not self.finished:
             await self.finish(self.dialect.event(error))
 
-    async def stays_for(self, work: Coroutine[None, None, None], seconds: float) -> None:
-        """Run `work` and raise what it raises; ClientGone when the client left first, TookTooLong after
-        `seconds`: then the work was cancelled."""
-        alarm = Alarm()
-        alarm.ring_after(seconds, partial(TookTooLong, seconds))
+    def here(self, seconds: float) -> "Presence":
+        """`with client.here(…)`: what is awaited inside is interrupted, with ClientGone when the client
+        leaves and with TookTooLong after `seconds`."""
+        return Presence(self, seconds)
 
-        def left() -> None:
-            if not self.finished:
-                alarm.ring(ClientGone)
+    def listens(self, left: Callable[[], None]) -> Callable[[], object]:
+        """`left` is called when the client hangs up, until what is returned is called.
 
-        ears = self._ears(left)
-        try:
-            await work
-        except asyncio.CancelledError:
-            if reason := alarm.heard():
-                raise reason from None
-            raise
-        finally:
-            alarm.off()
-            if ears is not None:
-                ears.cancel()
-            elif self._hangup is not None:
-                self._hangup.discard(left)
-
-    def _ears(self, left: Callable[[], None]) -> "asyncio.Task[None] | None":
-        """Our server calls `left`.  Any other tells of a hang-up only whoever waits in receive(), so somebody
+        Our own server calls it.  Any other tells of a hang-up only whoever waits in receive(), so somebody
         has to, also while a worker is silent; and an upload is read there."""
-        if self._hangup is not None and self.upload is None:
-            self._hangup.add(left)
-            return None
+        if (hangup := self._hangup) is not None and self.upload is None:
+            hangup.add(left)
+            return lambda: hangup.discard(left)
         ears = asyncio.create_task(self._hung_up())
         ears.add_done_callback(lambda _: left())
-        return ears
+        return ears.cancel
 
     async def _hung_up(self) -> None:
         with suppress(ClientGone):
@@ -194,6 +177,32 @@ class Client:
                 await self.upload.listen()
             while (await self._receive())["type"] != "http.disconnect":
                 pass
+
+
+class Presence:
+    """What Client.here() returns."""
+
+    __slots__ = ("_alarm", "_client", "_deaf", "_seconds")
+
+    def __init__(self, client: Client, seconds: float) -> None:
+        self._client, self._seconds = client, seconds
+
+    def __enter__(self) -> None:
+        self._alarm = Alarm()
+        self._alarm.ring_after(self._seconds, partial(TookTooLong, self._seconds))
+        self._deaf = self._client.listens(self._left)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._alarm.off()
+        self._deaf()
+        if isinstance(exc, asyncio.CancelledError) and (reason := self._alarm.heard()):
+            raise reason from None
+
+    def _left(self) -> None:
+        if not self._client.finished:
+            self._alarm.ring(ClientGone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,16 +224,12 @@ class Answer:
     rest: Reply
     alarm: Alarm
     idle: float
-    tail: bytes = b""  # the last bytes relayed
+    tail: bytes = b""  # of what was relayed, where the usage is
 
     @property
     def usage(self) -> Usage:
         """What the answer, once relayed, says it cost.  Searches the tail: ask once."""
         return read_usage(self.tail)
-
-    def lives(self) -> None:
-        """It may be silent for `idle` seconds from now on."""
-        self.alarm.ring_after(self.idle, TooSlow)
 
 
 class ask_worker:
@@ -297,28 +302,54 @@ async def relay(answer: Answer, client: Client, extra: Headers) -> None:
         await _as_event(answer, client)
         return
     await client.start(answer.status, [*answer.headers, *extra])
+    if answer.rest.over:
+        answer.tail = answer.first[-TAIL_BYTES:]
+        await client.finish(answer.first)
+        return
+    answer.alarm.ring_after(answer.idle, TooSlow)
+    # a task of its own: waking up one that awaits twelve coroutines deep costs more than passing on a chunk
+    await asyncio.create_task(_events(answer, client) if client.streams else _pieces(answer, client))
+
+
+async def _events(answer: Answer, client: Client) -> None:
     held, chunk = b"", answer.first
     while chunk:
-        answer.tail = chunk[-TAIL_BYTES:] if len(chunk) >= TAIL_BYTES else (answer.tail + chunk)[-TAIL_BYTES:]
-        if answer.rest.over:
-            held += chunk
-            break
-        if client.streams:
-            chunk, held = whole_events(held + chunk)
-        if chunk:
-            await client.write(chunk)
-        answer.lives()
+        events, held = whole_events(held + chunk if held else chunk)
+        over = answer.rest.over
+        if over:
+            events += held
+        if b'"usage":' in events and USAGE.search(events):  # an event is whole, and so is what it says
+            answer.tail = events[-TAIL_BYTES:]
+        if over:
+            await client.finish(events)
+            return
+        if events:
+            await client.write(events)
+        answer.alarm.later(answer.idle)
         chunk = await answer.rest.read()
     await client.finish(held)
+
+
+async def _pieces(answer: Answer, client: Client) -> None:
+    chunk = answer.first
+    while chunk:
+        answer.tail = (answer.tail + chunk)[-TAIL_BYTES:]
+        if answer.rest.over:
+            break
+        await client.write(chunk)
+        answer.alarm.later(answer.idle)
+        chunk = await answer.rest.read()
+    await client.finish(chunk)
 
 
 async def _as_event(answer: Answer, client: Client) -> None:
     """An answer that is no stream, to a client that was promised one: an error, as a rule."""
     client.answered = True
+    answer.alarm.ring_after(answer.idle, TooSlow)
     body, chunk = b"", answer.first
     while chunk and len(body) <= _MAX_HELD_BYTES:
         body += chunk
-        answer.lives()
+        answer.alarm.later(answer.idle)
         chunk = await answer.rest.read()
     answer.tail = body[-TAIL_BYTES:]
     name = b"event: error\n" if answer.status >= 400 else b""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 TAIL_BYTES = 4096  # `usage` is in the last event, or near the end of a JSON answer
 
-_USAGE = re.compile(rb'"usage":\s*\{')
+USAGE = re.compile(rb'"usage":\s*\{')
 _PROMPT = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d{1,15})\b')
 _COMPLETION = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,15})\b')
 _CACHED = re.compile(rb'"(?:prompt|input)_tokens_details":\s*\{[^{}]*"cached_tokens":\s*(\d{1,15})\b')
@@ -32,7 +32,7 @@ NO_USAGE = Usage()
 def read_usage(tail: bytes) -> Usage:
     """The last usage object in `tail`; NO_USAGE where there is none, or it began before the tail."""
     at = tail.rfind(b'"usage":')
-    while at >= 0 and not _USAGE.match(tail, at):
+    while at >= 0 and not USAGE.match(tail, at):
         at = tail.rfind(b'"usage":', 0, at)
     if at < 0:
         return NO_USAGE

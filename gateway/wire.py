@@ -268,12 +268,9 @@ class _Line(asyncio.Protocol):
             self._sender.cancel()
         self._transport.abort()
 
-    async def _news(self) -> None:
+    def _news(self) -> asyncio.Future[None]:
         self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        return self._waiter
 
     async def _upload(self, body: AsyncIterable[bytes], length: int | None) -> None:
         sent = 0

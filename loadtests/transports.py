@@ -126,7 +126,8 @@ def transport(name: str) -> Transport:
 def main() -> None:
     config = GatewayConfig.load(None, **json.loads(sys.argv[2]))
     app = create_app(config, transport=transport(sys.argv[1]))
-    uvicorn.run(app, port=config.port, loop="uvloop", http="httptools", access_log=False, log_level="error")
+    settings = {"loop": "uvloop", "http": "httptools", "access_log": False, "log_level": "error"}
+    uvicorn.run(app, port=config.port, interface="asgi3", **settings)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def serve(app: Any, **more: Any) -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(
             app,
+            interface="asgi3",
             http="httptools",
             loop="uvloop",
             ws="none",

@@ -86,6 +86,7 @@ def server(config: GatewayConfig, board: LoadBoard, siblings: Siblings) -> Serve
         app = create_app(config, tracer=traced, board=board, siblings=siblings)
         settings = uvicorn.Config(
             app,
+            interface="asgi3",
             loop="uvloop",
             http=connections(
                 config.receive_timeout_seconds, CONNECTIONS * config.max_inflight, config.idle_timeout_seconds
