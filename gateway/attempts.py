@@ -104,6 +104,7 @@ class Attempts:
         client = exchange.client
         async with ask_worker(
             self._transport,
+            client.alarm,
             placement.worker.url,
             exchange.path,
             span.headers(client.headers),

@@ -12,7 +12,7 @@ It also reads requests that offer to change to another protocol (`Upgrade: h2c`,
 if they did not: RFC 9110 7.8 lets a server ignore the offer; httptools would drop the body.
 """
 
-from asyncio import Protocol, TimerHandle, Transport
+from asyncio import AbstractEventLoop, Protocol, TimerHandle, Transport
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -26,6 +26,7 @@ from gateway.proxy import HANGUP
 MAX_HEAD_BYTES = 64 << 10
 SLOWEST_BYTES = 16 << 10  # a second
 DEAF = 1.25  # of `idle`: a worker whose answer nobody reads is let go before its caller
+_HEADS = (b"HTTP/1.1 2", b"HTTP/1.1 3", b"HTTP/1.1 4", b"HTTP/1.1 5")  # of answers; 1xx are sent at once
 _OFFERS = frozenset({b"upgrade", b"connection", b"http2-settings"})
 
 
@@ -33,6 +34,38 @@ def connections(patience: float, most: int, idle: float) -> type[Protocol]:
     """What uvicorn.Config takes as `http`.  `patience` and `idle` in seconds; `most` connections of this
     process."""
     return cast("type[Protocol]", partial(Connection, patience=patience, most=most, deaf=DEAF * idle))
+
+
+class Corked:
+    """A transport that sends the head of an answer together with what is written next, if that comes in the
+    same turn of the loop: uvicorn writes one after the other, and uvloop sends each at once.  Saves a system
+    call, a packet, and the client's waking up for a head without a body."""
+
+    __slots__ = ("_head", "_loop", "_transport", "abort", "is_closing")
+
+    def __init__(self, transport: Transport, loop: AbstractEventLoop) -> None:
+        self._transport, self._loop, self._head = transport, loop, b""
+        self.abort, self.is_closing = transport.abort, transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif data.startswith(_HEADS):
+            self._head = data
+            self._loop.call_soon(self._flush)
+            return
+        self._transport.write(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def _flush(self) -> None:
+        if self._head:
+            self.write(b"")
 
 
 class Connection(HttpToolsProtocol):
@@ -53,7 +86,7 @@ class Connection(HttpToolsProtocol):
         self._hangup: set[Callable[[], None]] = set()  # who wants to know of it
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(cast(Transport, Corked(transport, self.loop)))
         self._watch()
         self._crowded = len(self.connections) > self._most
         if len(self.connections) > 2 * self._most:

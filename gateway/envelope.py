@@ -4,7 +4,7 @@ Pure ASGI around the whole application, so that errors of the framework have it 
 first message is looked at.
 """
 
-import os
+import random
 import re
 from collections.abc import Awaitable, Sequence
 
@@ -36,7 +36,7 @@ class Envelope:
             return self._app(scope, receive, send)
         given = [value for key, value in scope["headers"] if key == REQUEST_ID]
         fit = len(given) == 1 and _FIT.fullmatch(given[0])
-        name = (REQUEST_ID, given[0] if fit else os.urandom(16).hex().encode())
+        name = (REQUEST_ID, given[0] if fit else b"%032x" % random.getrandbits(128))
         scope["headers"] = [*(header for header in scope["headers"] if header[0] != REQUEST_ID), name]
 
         def answer(message: Message) -> Awaitable[None]:

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.alarm import Alarm
+from gateway.alarm import Alarm, Timer
 from gateway.errors import (
     OPENAI,
     BadRequest,
@@ -61,6 +61,7 @@ class Client:
         self.status = 0  # of the answer, once started
         self.answered = False  # more than comments was sent: it is too late for another worker
         self.finished = False
+        self.alarm: Alarm  # of the task that answers, while it is here()
         self.upload: Upload | None = None  # who reads the body, while the worker is already asked
         self.streams = False  # the answer is server-sent events
         self._keepalive: Keepalive | None = None
@@ -182,19 +183,20 @@ class Client:
 class Presence:
     """What Client.here() returns."""
 
-    __slots__ = ("_alarm", "_client", "_deaf", "_seconds")
+    __slots__ = ("_alarm", "_client", "_deaf", "_seconds", "_timer")
 
     def __init__(self, client: Client, seconds: float) -> None:
         self._client, self._seconds = client, seconds
 
     def __enter__(self) -> None:
-        self._alarm = Alarm()
-        self._alarm.ring_after(self._seconds, partial(TookTooLong, self._seconds))
+        self._alarm = self._client.alarm = Alarm()
+        self._timer = Timer(self._alarm, self._seconds, partial(TookTooLong, self._seconds))
         self._deaf = self._client.listens(self._left)
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
+        self._timer.off()
         self._alarm.off()
         self._deaf()
         if isinstance(exc, asyncio.CancelledError) and (reason := self._alarm.heard()):
@@ -222,7 +224,7 @@ class Answer:
     headers: Headers
     first: bytes
     rest: Reply
-    alarm: Alarm
+    timer: Timer  # rings when the worker is silent
     idle: float
     tail: bytes = b""  # of what was relayed, where the usage is
 
@@ -236,14 +238,15 @@ class ask_worker:
     """Sends `body` as it is and waits for the first bytes of the answer; leaving closes the connection.
 
     Raises Unreachable, Busy (it answered 503), TooSlow, or Upstream (it closed without a byte) on entry;
-    TooSlow and Upstream out of the body of the `with` too.  One alarm, moved along, guards every silence.
-    `connected` hears when a connection is there, new or kept."""
+    TooSlow and Upstream out of the body of the `with` too.  One timer, moved along, guards every silence, and
+    rings `alarm`.  `connected` hears when a connection is there, new or kept."""
 
-    __slots__ = ("_alarm", "_patience", "_question", "_reply", "_transport")
+    __slots__ = ("_alarm", "_patience", "_question", "_reply", "_timer", "_transport")
 
     def __init__(
         self,
         transport: Transport,
+        alarm: Alarm,
         base_url: str,
         path: str,
         headers: Headers,
@@ -252,16 +255,14 @@ class ask_worker:
         connected: Callable[[], None] | None = None,
     ) -> None:
         length = body.length if isinstance(body, Upload) else None
-        self._transport, self._patience = transport, patience
+        self._transport, self._alarm, self._patience = transport, alarm, patience
         self._question = Question(
             base_url, path.encode(), _forwarded(headers), body, length, b"POST", patience.connect, connected
         )
         self._reply: Reply | None = None
-        self._alarm: Alarm | None = None
 
     async def __aenter__(self) -> Answer:
-        alarm = self._alarm = Alarm()
-        alarm.ring_after(self._patience.first_byte, TooSlow)
+        timer = self._timer = Timer(self._alarm, self._patience.first_byte, TooSlow)
         try:
             reply = self._reply = await self._transport.ask(self._question)
             if reply.status == 503:
@@ -271,7 +272,7 @@ class ask_worker:
             self._left(exc)
             raise
         back = [header for header in reply.headers if header[0] not in _NOT_RETURNED]
-        return Answer(reply.status, back, first, reply, alarm, self._patience.idle)
+        return Answer(reply.status, back, first, reply, timer, self._patience.idle)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
@@ -280,11 +281,10 @@ class ask_worker:
 
     def _left(self, exc: BaseException | None) -> None:
         """Lets go, and raises what `exc` means."""
-        assert self._alarm is not None
-        self._alarm.off()
+        self._timer.off()
         if self._reply is not None:
             self._reply.close()
-        if isinstance(exc, asyncio.CancelledError) and (reason := self._alarm.heard()):
+        if isinstance(exc, asyncio.CancelledError) and (reason := self._timer.heard()):
             raise reason from exc
         if isinstance(exc, NotConnected):
             raise Unreachable(exc) from exc
@@ -306,9 +306,10 @@ async def relay(answer: Answer, client: Client, extra: Headers) -> None:
         answer.tail = answer.first[-TAIL_BYTES:]
         await client.finish(answer.first)
         return
-    answer.alarm.ring_after(answer.idle, TooSlow)
+    answer.timer.again(answer.idle)
     # a task of its own: waking up one that awaits twelve coroutines deep costs more than passing on a chunk
-    await asyncio.create_task(_events(answer, client) if client.streams else _pieces(answer, client))
+    rest = _events(answer, client) if client.streams else _pieces(answer, client)
+    await client.alarm.loop.create_task(rest)
 
 
 async def _events(answer: Answer, client: Client) -> None:
@@ -325,7 +326,7 @@ async def _events(answer: Answer, client: Client) -> None:
             return
         if events:
             await client.write(events)
-        answer.alarm.later(answer.idle)
+        answer.timer.later(answer.idle)
         chunk = await answer.rest.read()
     await client.finish(held)
 
@@ -337,7 +338,7 @@ async def _pieces(answer: Answer, client: Client) -> None:
         if answer.rest.over:
             break
         await client.write(chunk)
-        answer.alarm.later(answer.idle)
+        answer.timer.later(answer.idle)
         chunk = await answer.rest.read()
     await client.finish(chunk)
 
@@ -345,11 +346,11 @@ async def _pieces(answer: Answer, client: Client) -> None:
 async def _as_event(answer: Answer, client: Client) -> None:
     """An answer that is no stream, to a client that was promised one: an error, as a rule."""
     client.answered = True
-    answer.alarm.ring_after(answer.idle, TooSlow)
+    answer.timer.again(answer.idle)
     body, chunk = b"", answer.first
     while chunk and len(body) <= _MAX_HELD_BYTES:
         body += chunk
-        answer.alarm.later(answer.idle)
+        answer.timer.later(answer.idle)
         chunk = await answer.rest.read()
     answer.tail = body[-TAIL_BYTES:]
     name = b"event: error\n" if answer.status >= 400 else b""

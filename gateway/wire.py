@@ -8,6 +8,7 @@ Framing is llhttp's (RFC 9112): lengths, chunks, trailers, interim answers; what
 """
 
 import asyncio
+import math
 import re
 import ssl
 from collections.abc import AsyncIterable, Callable
@@ -161,10 +162,9 @@ class Wire:
 
     def _kept(self, origin: Origin) -> "_Line | None":
         idle = self._idle.get(origin)
-        oldest = asyncio.get_running_loop().time() - self._keepalive
         while idle:
             line, _ = idle.popitem()
-            if line.since >= oldest and line.usable():
+            if line.usable(self._keepalive):
                 return line
             line.drop()
         return None
@@ -206,8 +206,9 @@ class _Line(asyncio.Protocol):
 
     # -- our side ------------------------------------------------------------------------------------------
 
-    def usable(self) -> bool:
-        return not self._transport.is_closing()
+    def usable(self, seconds: float = math.inf) -> bool:
+        """It is open, and has been idle for at most so long."""
+        return not self._transport.is_closing() and self._loop.time() - self.since <= seconds
 
     def send(self, head: bytes, question: Question) -> None:
         self.status, self.headers = 0, []

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from gateway.alarm import Alarm
+from gateway.alarm import Alarm, Timer
 
 
 class Late(Exception):
@@ -31,7 +31,7 @@ async def interrupted(alarm: Alarm, seconds: float = 60.0) -> Exception | None:
 def test_it_rings_when_the_time_is_over():
     async def body() -> None:
         alarm = Alarm()
-        alarm.ring_after(0.01, Late)
+        Timer(alarm, 0.01, Late)
         assert isinstance(await interrupted(alarm), Late)
         await asyncio.sleep(0)  # nothing of it is left in the task
         assert asyncio.current_task().cancelling() == 0
@@ -42,22 +42,41 @@ def test_it_rings_when_the_time_is_over():
 def test_it_rings_at_once_for_whoever_says_so_and_the_first_reason_counts():
     async def body() -> None:
         alarm = Alarm()
-        alarm.ring_after(60, Late)
+        timer = Timer(alarm, 60, Late)
         asyncio.get_running_loop().call_soon(alarm.ring, Gone)
         asyncio.get_running_loop().call_soon(alarm.ring, Late)
         assert isinstance(await interrupted(alarm), Gone)
+        timer.off()
 
     asyncio.run(body())
 
 
-@pytest.mark.parametrize("moved_to", [0.02, 60.0], ids=["sooner", "later"])
-def test_the_last_time_said_counts(moved_to):
+def test_a_timer_rings_when_it_was_last_told_to():
     async def body() -> None:
         alarm = Alarm()
-        alarm.ring_after(0.1 if moved_to > 1 else 60.0, Gone)
-        alarm.ring_after(moved_to, Late)
-        reason = await interrupted(alarm, seconds=0.3 if moved_to > 1 else 60.0)
-        assert reason is None if moved_to > 1 else isinstance(reason, Late)
+        timer = Timer(alarm, 60, Late)
+        timer.again(0.05)
+        timer.later(60)
+        assert await interrupted(alarm, seconds=0.3) is None
+        alarm = Alarm()
+        timer = Timer(alarm, 60, Late)
+        timer.again(0.01)
+        assert isinstance(await interrupted(alarm), Late)
+        timer.off()
+
+    asyncio.run(body())
+
+
+def test_a_timer_hears_only_what_it_rang_itself():
+    async def body() -> None:
+        alarm = Alarm()
+        timer = Timer(alarm, 60, Late)
+        asyncio.get_running_loop().call_soon(alarm.ring, Gone)
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        assert timer.heard() is None
+        assert isinstance(alarm.heard(), Gone)
+        timer.off()
 
     asyncio.run(body())
 
@@ -65,11 +84,12 @@ def test_the_last_time_said_counts(moved_to):
 def test_once_off_it_does_not_ring():
     async def body() -> None:
         alarm = Alarm()
-        alarm.ring_after(0.01, Late)
+        timer = Timer(alarm, 0.01, Late)
         alarm.off()
         alarm.ring(Gone)
         await asyncio.sleep(0.05)
         assert alarm.heard() is None
+        timer.off()
 
     asyncio.run(body())
 
@@ -77,7 +97,6 @@ def test_once_off_it_does_not_ring():
 def test_a_cancellation_by_others_passes_through():
     async def work() -> None:
         alarm = Alarm()
-        alarm.ring_after(60, Late)
         assert await interrupted(alarm) is None
 
     async def body() -> None:
@@ -106,14 +125,25 @@ def test_a_cancellation_by_others_in_the_same_moment_is_not_swallowed():
     asyncio.run(body())
 
 
-def test_of_two_alarms_at_once_the_outer_one_is_heard():
+def test_of_a_reason_and_a_cancellation_by_others_nothing_is_left_for_the_next_who_asks():
+    async def work() -> None:
+        alarm = Alarm()
+        timer = Timer(alarm, 60, Late)
+        asyncio.get_running_loop().call_soon(alarm.ring, Late)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            assert timer.heard() is None  # somebody else, too
+            assert alarm.heard() is None
+            raise
+        finally:
+            timer.off()
+
     async def body() -> None:
-        outer, inner = Alarm(), Alarm()
-        asyncio.get_running_loop().call_soon(inner.ring, Late)
-        asyncio.get_running_loop().call_soon(outer.ring, Gone)
+        task = asyncio.create_task(work())
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(task.cancel)
         with pytest.raises(asyncio.CancelledError):
-            await interrupted(inner)
-        assert isinstance(outer.heard(), Gone)
-        outer.off()
+            await task
 
     asyncio.run(body())
