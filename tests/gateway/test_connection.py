@@ -42,7 +42,7 @@ def said(*writes: bytes, turns: int = 0, close: bool = False) -> list[bytes | st
             corked.close()
         for _ in range(turns):
             await asyncio.sleep(0)
-        return recorder.said
+        return [*recorder.said]
 
     return asyncio.run(body())
 
