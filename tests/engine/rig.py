@@ -17,6 +17,7 @@ import httpx
 from gateway.launch.worker import WorkerSpec, command, environment
 
 START_SECONDS = 600  # a busy machine compiles for minutes; a worker that died is noticed at once
+ANSWER_SECONDS = 900  # a machine may stand still for minutes; one that hangs tells where
 
 
 def free_port() -> int:
@@ -52,13 +53,13 @@ class Worker:
             cache=cache or {}, cores=str(core), extra=("--max-num-seqs", "8", *args),
         )  # fmt: skip
         self.url, self.log = spec.url, log
-        variables = environment(spec, {**os.environ, "VLLM_SERVER_DEV_MODE": "1", **(env or {})})
+        variables = environment(spec, {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "PYTHONFAULTHANDLER": "1", **(env or {})})
         with log.open("ab") as out:
             self.process = subprocess.Popen(
                 command(spec, connector=cache is not None),
                 stdout=out, stderr=out, env=variables, start_new_session=True,
             )  # fmt: skip
-        self.http = httpx.Client(base_url=self.url, timeout=300)
+        self.http = httpx.Client(base_url=self.url, timeout=ANSWER_SECONDS)
 
     def ready(self) -> Self:
         """Wait until it serves.  Raises AssertionError with the end of its log."""
@@ -71,9 +72,15 @@ class Worker:
                     return self
             except httpx.TransportError:
                 time.sleep(0.3)
+        raise AssertionError(f"the worker did not come up:\n{self._last_words()}")
+
+    def _last_words(self) -> str:
+        """The end of its log, with where each of its threads was."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGABRT)  # faulthandler prints every stack
+            time.sleep(3)
         self.kill()
-        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
-        raise AssertionError(f"the worker did not come up:\n{tail}")
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-150:])
 
     def tokens(self, text: str) -> list[int]:
         body = {"model": "smol", "prompt": text, "add_special_tokens": False}
@@ -91,7 +98,10 @@ class Worker:
             "model": "smol", "prompt": prompts, "max_tokens": max_tokens, "temperature": 0, "seed": 0,
             "ignore_eos": True, "return_token_ids": True, **fields,
         }  # fmt: skip
-        reply = self.http.post("/v1/completions", json=body)
+        try:
+            reply = self.http.post("/v1/completions", json=body)
+        except httpx.ReadTimeout as exc:
+            raise AssertionError(f"no answer in {ANSWER_SECONDS} s:\n{self._last_words()}") from exc
         assert reply.status_code == 200, reply.text
         choices = sorted(reply.json()["choices"], key=lambda choice: choice["index"])
         return [list(choice["token_ids"]) for choice in choices]
@@ -128,7 +138,7 @@ class Worker:
         """Prompt tokens loaded from a tier so far."""
         return self.metric("cairn_engine_hit_tokens_total", tier=tier)
 
-    def settled(self, tier: str, chunks: int, timeout: float = 60) -> None:
+    def settled(self, tier: str, chunks: int, timeout: float = 300) -> None:
         """Wait until `chunks` were written to a lower tier, or dropped and counted, and none is waiting."""
         until = time.monotonic() + timeout
         while (done := self.written(tier)) < chunks or self.metric("cairn_engine_backlog_chunks", tier=tier):
