@@ -38,32 +38,35 @@ class Attempts:
         left = self._max_retries
         failure: GatewayError = NoWorker(prompt.model)
         self._budget.earn()
-        for placement in self._usable(prompt.model, placements):
-            if isinstance(failure, Upstream):
-                self._metrics.retries.labels(type(failure).__name__.lower()).inc()
-            try:
-                await self._attempt(exchange, prompt, placement)
-                return
-            except Upstream as exc:
-                failure = exc
-                log.warning("worker %s: %s (%r)", placement.worker.id, exc, exc.cause)
-                if isinstance(exc, Unreachable):
-                    self._router.registry.mark_down(placement.worker.id)
-                if exchange.client.answered:
-                    self._metrics.broken.inc()
-                    raise
-                if isinstance(exc, TooSlow):
-                    raise  # slow, not dead: sending it twice would make two workers slow
-                if not isinstance(exc, Unreachable):
-                    left -= 1
-                    if left < 0 or not exchange.endpoint.retriable:
+        try:
+            for placement in self._usable(prompt.model, placements):
+                if isinstance(failure, Upstream):
+                    self._metrics.retries.labels(type(failure).__name__.lower()).inc()
+                try:
+                    await self._attempt(exchange, prompt, placement)
+                    return
+                except Upstream as exc:
+                    failure = exc
+                    log.warning("worker %s: %s (%r)", placement.worker.id, exc, exc.cause)
+                    if isinstance(exc, Unreachable):
+                        self._router.registry.mark_down(placement.worker.id)
+                    if exchange.client.answered:
+                        self._metrics.broken.inc()
                         raise
-                    if not self._budget.take():
-                        self._metrics.retries_denied.inc()
-                        raise
-        if isinstance(failure, Unreachable):
-            raise NoWorker(prompt.model) from failure
-        raise failure
+                    if isinstance(exc, TooSlow):
+                        raise  # slow, not dead: sending it twice would make two workers slow
+                    if not isinstance(exc, Unreachable):
+                        left -= 1
+                        if left < 0 or not exchange.endpoint.retriable:
+                            raise
+                        if not self._budget.take():
+                            self._metrics.retries_denied.inc()
+                            raise
+            if isinstance(failure, Unreachable):
+                raise NoWorker(prompt.model) from failure
+            raise failure
+        finally:
+            del failure  # it knows this frame, and all that the request holds: memory until a collection
 
     def _usable(self, model: str, placements: Sequence[Placement]) -> Iterator[Placement]:
         """Those whose worker is not out at the moment it is needed, and still takes traffic when others were

@@ -265,6 +265,7 @@ class _Line(asyncio.Protocol):
 
     def drop(self) -> None:
         self._asked = False
+        self._error = None  # once raised it knows this frame and all that waited for us
         if self._sender is not None:
             self._sender.cancel()
         self._transport.abort()

@@ -53,7 +53,9 @@ class Worker:
             cache=cache or {}, cores=str(core), extra=("--max-num-seqs", "8", *args),
         )  # fmt: skip
         self.url, self.log = spec.url, log
-        variables = environment(spec, {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "PYTHONFAULTHANDLER": "1", **(env or {})})
+        variables = environment(
+            spec, {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "PYTHONFAULTHANDLER": "1", **(env or {})}
+        )
         with log.open("ab") as out:
             self.process = subprocess.Popen(
                 command(spec, connector=cache is not None),
