@@ -41,20 +41,17 @@ class Corked:
     same turn of the loop: uvicorn writes one after the other, and uvloop sends each at once.  Saves a system
     call, a packet, and the client's waking up for a head without a body."""
 
-    __slots__ = ("_head", "_loop", "_transport", "abort", "is_closing")
+    __slots__ = ("_head", "_loop", "_transport", "abort", "is_closing", "write")
 
     def __init__(self, transport: Transport, loop: AbstractEventLoop) -> None:
         self._transport, self._loop, self._head = transport, loop, b""
         self.abort, self.is_closing = transport.abort, transport.is_closing
+        self.write: Callable[[bytes], None] = transport.write
 
-    def write(self, data: bytes) -> None:
-        if self._head:
-            data, self._head = self._head + data, b""
-        elif data.startswith(_HEADS):
-            self._head = data
-            self._loop.call_soon(self._flush)
-            return
-        self._transport.write(data)
+    def cork(self) -> None:
+        """A head is expected."""
+        if not self._head:
+            self.write = self._hold
 
     def close(self) -> None:
         self._flush()
@@ -63,9 +60,20 @@ class Corked:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
+    def _hold(self, data: bytes) -> None:
+        if data.startswith(_HEADS):
+            self._head, self.write = data, self._join
+            self._loop.call_soon(self._flush)
+        else:
+            self._transport.write(data)
+
+    def _join(self, data: bytes) -> None:
+        data, self._head, self.write = self._head + data, b"", self._transport.write
+        self.write(data)
+
     def _flush(self) -> None:
         if self._head:
-            self.write(b"")
+            self._join(b"")
 
 
 class Connection(HttpToolsProtocol):
@@ -86,7 +94,8 @@ class Connection(HttpToolsProtocol):
         self._hangup: set[Callable[[], None]] = set()  # who wants to know of it
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
-        super().connection_made(cast(Transport, Corked(transport, self.loop)))
+        self._corked = Corked(transport, self.loop)
+        super().connection_made(cast(Transport, self._corked))
         self._watch()
         self._crowded = len(self.connections) > self._most
         if len(self.connections) > 2 * self._most:
@@ -146,6 +155,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._corked.cork()
         self.scope["extensions"] = {HANGUP: cast("dict[object, object]", self._hangup)}
         self._owing, self._in_head, self._answered = True, True, False
         self._began, self._received = self.loop.time(), self._chunk

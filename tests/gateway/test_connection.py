@@ -36,6 +36,7 @@ def said(*writes: bytes, turns: int = 0, close: bool = False) -> list[bytes | st
     async def body() -> list[bytes | str]:
         recorder = Recorder()
         corked = Corked(recorder, asyncio.get_running_loop())
+        corked.cork()
         for data in writes:
             corked.write(data)
         if close:
@@ -60,8 +61,16 @@ def test_an_answer_in_between_is_not_held_back():
     assert said(b"HTTP/1.1 100 Continue\r\n\r\n") == [b"HTTP/1.1 100 Continue\r\n\r\n"]
 
 
-def test_heads_of_two_answers_stay_in_order():
-    assert said(HEAD, HEAD, b"body", turns=2) == [HEAD + HEAD, b"body"]
+def test_what_is_written_to_an_earlier_question_is_not_held_back():
+    assert said(b"rest of a stream", HEAD, b"body", b"more", turns=2) == [
+        b"rest of a stream", HEAD + b"body", b"more",
+    ]  # fmt: skip
+
+
+def test_nothing_is_held_back_where_no_head_is_expected():
+    recorder = Recorder()
+    Corked(recorder, None).write(HEAD)
+    assert recorder.said == [HEAD]
 
 
 def test_what_is_held_back_leaves_before_the_connection_closes():
