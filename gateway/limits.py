@@ -35,7 +35,8 @@ class Account:
 
     key: Key
     standing: Standing
-    carried: int = 0  # requests
+    here: int = 0  # requests of this process, from their first line on
+    carried: int = 0  # those of them that were let in
     settled: int = 0  # tokens of the minute that Redis has not heard of
     spent: int = 0  # tokens of the month that Redis has not heard of
     month_tokens: int = 0  # of the tenant, as last heard
@@ -60,6 +61,7 @@ class Visit:
 
     account: Account
     grant: Grant | None = None
+    inside: bool = False  # it counts as here
     refused: str = ""  # what was short
     events: int = 0  # of a stream, as far as it went
 
@@ -110,9 +112,26 @@ class Limits:
     def keep(self, keys: set[str], tenants: set[str]) -> None:
         """Forget everybody else, but not who has something under way."""
         for name, account in [*self._accounts.items()]:
-            if name not in keys and not account.carried and name not in self._untold:
+            if name not in keys and not account.here + account.carried and name not in self._untold:
                 del self._accounts[name]
         self._book.keep(tenants)
+
+    def enter(self, visit: Visit) -> None:
+        """Nothing is done, not even read, for more requests at once than the key may have of all gateways;
+        what others carry take() counts.  Raises TooMany."""
+        account = visit.account
+        if 0 < account.key.concurrency <= account.here:
+            visit.refused = "concurrency"
+            raise refusal(account.key, account.standing._replace(verdict=Verdict.PLACES), 0)
+        account.here += 1
+        visit.inside = True
+
+    def exit(self, visit: Visit) -> None:
+        """Somebody else may come.  Idempotent."""
+        visit.account.here -= visit.inside
+        visit.inside = False
+        if visit.grant is not None:
+            self.leave(visit.grant)
 
     async def take(self, key: Key, prompt_tokens: int, answer_tokens: int | None) -> Grant:
         """`answer_tokens`: the most that the answer may have; None: nobody said.  Raises TooMany."""

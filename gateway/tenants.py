@@ -36,7 +36,7 @@ class Door:
         return ANONYMOUS
 
     def enter(self, exchange: Exchange) -> None:
-        """The caller becomes known.  Raises Unauthorized, KeysUnknown."""
+        """The caller becomes known.  Raises Unauthorized, KeysUnknown, TooMany."""
 
     def isolated(self, exchange: Exchange, ask: A) -> A:
         """The same request, in its tenant's own part of the cache where its key says so; also in the body for
@@ -101,6 +101,7 @@ class Tenants(Door):
         exchange.visit = visit = Visit(self._limits.account(key))
         client.headers = without_credentials(client.headers)
         client.through(lambda send: self._counted(send, visit))
+        self._limits.enter(visit)
 
     def isolated(self, exchange: Exchange, ask: A) -> A:
         if not exchange.caller.isolate or exchange.upload is not None:
@@ -125,6 +126,7 @@ class Tenants(Door):
     def ended(self, exchange: Exchange) -> None:
         if (visit := exchange.visit) is None:
             return
+        self._limits.exit(visit)
         tenant, metrics = exchange.caller.tenant, self._metrics
         used = self._used.setdefault(tenant, _Used())
         used.requests += 1
@@ -181,8 +183,8 @@ class Tenants(Door):
             else:
                 body = message.get("body", b"")
                 visit.events += body.count(b"\n\n") if body != COMMENT else 0
-                if visit.grant is not None and not message.get("more_body", False):
-                    self._limits.leave(visit.grant)  # before the caller can come back
+                if not message.get("more_body", False):
+                    self._limits.exit(visit)  # before the caller can come back
             await send(message)
 
         return counted

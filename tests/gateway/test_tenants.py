@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -225,6 +226,60 @@ def test_places_come_back_however_a_request_ends(where, worker, worker_url, keys
         assert client.post(CHAT, json=BODY, headers=bearer(key)).status_code == 500
         worker.status = 200
         assert client.post(CHAT, json=BODY, headers=bearer(key)).status_code == 200
+
+
+@contextlib.contextmanager
+def arriving(client: httpx.Client, key: str, length: int = 1000) -> Iterator[socket.socket]:
+    """A request of which the head is here, and nothing of the body."""
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: {client.base_url.host}\r\nauthorization: Bearer {key}\r\n"
+    address = (client.base_url.host, client.base_url.port)
+    with socket.create_connection(address, timeout=30) as caller:
+        caller.sendall(f"{head}content-length: {length}\r\n\r\n".encode())
+        yield caller
+
+
+def test_places_are_counted_before_a_body_is_read(where, worker, worker_url, keys_file) -> None:
+    key, other = (create(where, "--tenant", name, "--concurrency", "2") for name in "ab")
+    with gateway(worker_url, keys_file=str(keys_file)) as client:
+
+        def answer() -> int:
+            return client.post(CHAT, json=BODY, headers=bearer(key)).status_code
+
+        with arriving(client, key), arriving(client, key):
+            wait_until(lambda: client.get("/admin/workers").json()["inflight"] == 2, 30)
+            with arriving(client, key) as third:
+                said = third.recv(65536)
+            assert said.startswith(b"HTTP/1.1 429 ")
+            assert b"retry-after: 1\r\n" in said
+            assert b'"code":"rate_limit_exceeded"' in said
+            with sdk(client, key) as full, pytest.raises(openai.RateLimitError) as refused:
+                chat(full)
+            assert refused.value.type == "requests"
+            assert client.post(CHAT, json=BODY, headers=bearer(other)).status_code == 200
+        wait_until(lambda: answer() == 200, 30)
+        rows = {row["tenant"]: row for row in client.get("/admin/tenants").json()["tenants"]}
+        assert rows["a"]["refused"]["concurrency"] >= 2
+    assert len(worker.asked) == 2
+
+
+def test_no_way_out_keeps_a_place(where, worker, worker_url, keys_file) -> None:
+    key = create(where, "--tenant", "a", "--concurrency", "1", "--rpm", "1", "--models", "fake")
+    with gateway(worker_url, keys_file=str(keys_file), max_body_bytes=10_000) as client:
+
+        def told(**said: Any) -> int:
+            return client.post(CHAT, headers=bearer(key), **{"json": BODY, **said}).status_code
+
+        assert told() == 200
+        for _ in range(3):
+            assert told() == 429, "by the script"
+            assert told(json=None, content=b"{") == 400
+            assert told(json={**BODY, "model": "other"}) == 404
+            assert told(json=None, content=b"x" * 20_000) == 413
+            with arriving(client, key):
+                wait_until(lambda: client.get("/admin/workers").json()["inflight"] == 1, 30)
+            wait_until(lambda: client.get("/admin/workers").json()["inflight"] == 0, 30)
+        row = usage(client)
+        assert (row["refused"]["requests"], row["refused"].get("concurrency")) == (3, None)
 
 
 def test_an_isolated_tenant_s_prompts_are_salted_and_its_own_salt_is_only_mixed_in(
