@@ -114,6 +114,7 @@ class Attempts:
             exchange.upload or exchange.body,
             self._patience,
             span.connected,
+            exchange.endpoint.retriable,
         ) as answer:
             ticket.first_byte()
             trial.first_byte(answer.status)

@@ -239,7 +239,7 @@ class ask_worker:
 
     Raises Unreachable, Busy (it answered 503), TooSlow, or Upstream (it closed without a byte) on entry;
     TooSlow and Upstream out of the body of the `with` too.  One timer, moved along, guards every silence, and
-    rings `alarm`.  `connected` hears when a connection is there, new or kept."""
+    rings `alarm`.  `connected` and `again` are the Question's."""
 
     __slots__ = ("_alarm", "_patience", "_question", "_reply", "_timer", "_transport")
 
@@ -253,11 +253,13 @@ class ask_worker:
         body: bytes | Upload,
         patience: Patience,
         connected: Callable[[], None] | None = None,
+        again: bool = False,
     ) -> None:
         length = body.length if isinstance(body, Upload) else None
         self._transport, self._alarm, self._patience = transport, alarm, patience
+        sent = _forwarded(headers)
         self._question = Question(
-            base_url, path.encode(), _forwarded(headers), body, length, b"POST", patience.connect, connected
+            base_url, path.encode(), sent, body, length, b"POST", patience.connect, connected, again
         )
         self._reply: Reply | None = None
 

@@ -12,16 +12,14 @@ import math
 import re
 import ssl
 from collections.abc import AsyncIterable, Callable
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, Self, cast
 from urllib.parse import urlsplit
 
 import httptools
 
 Headers = list[tuple[bytes, bytes]]
 
-KEEPALIVE_SECONDS = (
-    4.0  # vLLM's server drops idle connections after 5 s: let go a little earlier than it does
-)
+KEEPALIVE_SECONDS = 4.0  # vLLM's server drops idle connections after 5 s: let go a little earlier
 _MAX_UNREAD_BYTES = 256 << 10  # of an answer, before the worker is made to wait
 _MAX_HEAD_BYTES = 64 << 10
 _ONE_WRITE_BYTES = 16 << 10  # a longer body is not copied to go with its head
@@ -48,7 +46,7 @@ class Unsendable(WireError):
 class Question(NamedTuple):
     """One request.  `body` goes as it is; without a `length` an iterable body is sent in chunks, with one it
     must have that many bytes.  What the iterable raises comes out of ask() or read().  `connected` is called
-    when a connection is there, new or kept."""
+    when a connection is there, new or kept.  `again`: the worker may do it twice, if the first is lost."""
 
     base_url: str
     target: bytes  # path and query
@@ -58,6 +56,7 @@ class Question(NamedTuple):
     method: bytes = b"POST"
     connect_seconds: float = 2.0
     connected: Callable[[], None] | None = None
+    again: bool = False
 
 
 class Reply(Protocol):
@@ -69,16 +68,13 @@ class Reply(Protocol):
     @property
     def over(self) -> bool:
         """Nothing comes after what was read."""
-        ...
 
     async def read(self) -> bytes:
         """The next bytes of the body, b"" at its end.  What is not read makes the worker wait.  Raises
         Broken."""
-        ...
 
     def close(self) -> None:
         """Let go; an answer that is not at its end is cut off, which is how a worker learns to stop."""
-        ...
 
 
 class Transport(Protocol):
@@ -87,11 +83,9 @@ class Transport(Protocol):
     async def ask(self, question: Question) -> Reply:
         """Once the answer's head is here.  Cancelling closes the connection.  Raises NotConnected, Broken,
         Unsendable."""
-        ...
 
     async def aclose(self) -> None:
         """No more questions."""
-        ...
 
 
 class Origin(NamedTuple):
@@ -128,16 +122,18 @@ class Wire:
                 self._origins.clear()  # addresses of workers come and go
             origin = self._origins[question.base_url] = Origin.of(question.base_url)
         head = _head(question, origin)
-        line = self._kept(origin) or await self._connected(origin, question.connect_seconds)
+        kept = self._kept(origin)
+        line = kept or await self._connected(origin, question.connect_seconds)
         try:
-            if question.connected is not None:
-                question.connected()
-            line.send(head, question)
-            await line.head()
-        except BaseException:
-            line.drop()
-            raise
-        return line
+            return await line.answer(head, question)
+        except Broken:
+            if kept is None or not kept.stale(question):
+                raise
+        try:
+            line = await self._connected(origin, question.connect_seconds)
+        except NotConnected as exc:
+            raise Broken(repr(exc)) from exc  # it may have got there, and have killed the worker
+        return await line.answer(head, question)
 
     async def aclose(self) -> None:
         for lines in self._idle.values():
@@ -196,7 +192,7 @@ class _Line(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._parts: list[bytes] = []
         self._unread = self._head_bytes = 0
-        self._asked = self._headed = self._done = self._framed = self._paused = False
+        self._asked = self._heard = self._headed = self._done = self._framed = self._paused = False
         self._again = False  # the connection may carry another exchange
         self._error: Exception | None = None
 
@@ -210,8 +206,29 @@ class _Line(asyncio.Protocol):
         """It is open, and has been idle for at most so long."""
         return not self._transport.is_closing() and self._loop.time() - self.since <= seconds
 
+    async def answer(self, head: bytes, question: Question) -> Self:
+        """Once its head is here."""
+        try:
+            if question.connected is not None:
+                question.connected()
+            self.send(head, question)
+            while not self._headed:
+                if self._error is not None:
+                    raise self._error
+                await self._news()
+        except BaseException:
+            self.drop()
+            raise
+        return self
+
+    def stale(self, question: Question) -> bool:
+        """It ended as one does that was being closed when we asked: soon, without a byte (docs/adr/0026)."""
+        late = self._loop.time() - self.since > question.connect_seconds
+        return question.again and isinstance(question.body, bytes) and not (self._heard or late)
+
     def send(self, head: bytes, question: Question) -> None:
         self.status, self.headers = 0, []
+        self._heard, self.since = False, self._loop.time()
         self._head_bytes = 0
         self._headed = self._done = self._framed = self._again = False
         self._asked = True
@@ -225,12 +242,6 @@ class _Line(asyncio.Protocol):
             self._transport.write(head)
             self._sender = self._loop.create_task(self._upload(question.body, question.length))
             self._sender.add_done_callback(self._uploaded)
-
-    async def head(self) -> None:
-        while not self._headed:
-            if self._error is not None:
-                raise self._error
-            await self._news()
 
     async def read(self) -> bytes:
         while not self._parts:
@@ -307,6 +318,7 @@ class _Line(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if not self._asked:  # nobody asked: an answer to what, nobody knows
             return self._transport.abort()
+        self._heard = True
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:

@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import os
 import signal
+import socketserver
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +64,39 @@ def test_a_worker_that_drops_every_request_is_rested_and_nobody_notices(reset: b
             for state in ("open", "half_open")
         )
         assert shown == 1
+
+
+class Impatient(socketserver.StreamRequestHandler):
+    """Answers one POST to a connection, and closes it in the moment of the next."""
+
+    def handle(self) -> None:
+        for answered in (False, True):
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                if not (line := self.rfile.readline()):
+                    return
+                head += line.lower()
+            if head.startswith(b"get"):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+                return
+            self.rfile.read(int(head.partition(b"content-length: ")[2].split(b"\r")[0]))
+            if not answered:
+                self.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+
+def test_the_only_worker_may_close_a_kept_connection_when_it_likes() -> None:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Impatient) as server:
+        threading.Thread(target=server.serve_forever, name="impatient").start()
+        try:
+            with gateway(
+                f"http://127.0.0.1:{server.server_address[1]}", connect_timeout_seconds=30
+            ) as client:
+                assert calls(client, 6) == [200] * 6
+                assert metric(client, "cairn_gateway_retries_total") == 0
+                unknown = [client.post("/v1/whatever", json=BODY).status_code for _ in range(6)]
+                assert 502 in unknown, "nobody knows what it does: it is not done twice"
+        finally:
+            server.shutdown()
 
 
 def test_a_worker_of_500s_is_rested_and_its_answers_are_relayed_until_then() -> None:

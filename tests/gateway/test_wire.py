@@ -1,7 +1,10 @@
 """Our end of a worker's connection, against a server that says exactly what a test wants it to say."""
 
 import asyncio
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -182,6 +185,138 @@ def test_a_connection_the_worker_closed_is_not_used_again(last: bytes) -> None:
     asyncio.run(scene())
 
 
+def parts(*pieces: bytes, then: Exception | None = None) -> AsyncIterator[bytes]:
+    async def made() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            yield piece
+            await asyncio.sleep(0)
+        if then is not None:
+            raise then
+
+    return made()
+
+
+def closing(asked: list[int], reset: bool, first: bytes = b"") -> Script:
+    """One answer to a connection; once the next question is on its way, `first`, and the end."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await heard(reader)
+        asked.append(1)
+        writer.write(OK)
+        await (reader.readexactly(1) if reset else reader.readuntil(b"!"))
+        writer.write(first)
+        if reset:
+            writer.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
+            writer.transport.abort()
+
+    return script
+
+
+async def asked_twice(stage: Stage, body: bytes | AsyncIterator[bytes], **more: Any) -> bytes:
+    """The answer to the second of two questions."""
+    wire = Wire(keepalive_seconds=60.0)
+    try:
+        for sent in (b"x", body):
+            question = Question(stage.url, b"/", [], sent, connect_seconds=30.0, **more)
+            reply = await wire.ask(question)
+            said = await reply.read()
+            reply.close()
+        return said
+    finally:
+        await wire.aclose()
+
+
+BODY = b"x" * 50_000 + b"!"
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["end", "reset"])
+def test_what_met_a_closing_connection_goes_once_more_over_a_new_one(reset: bool) -> None:
+    async def scene() -> None:
+        asked: list[int] = []
+        async with Stage(closing(asked, reset)) as stage:
+            assert await asked_twice(stage, BODY, again=True) == b"ok"
+            assert (stage.connections, len(asked)) == (2, 2)
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("body", "again", "first", "reset"),
+    [
+        (BODY, False, b"", False),
+        (BODY, False, b"", True),
+        (lambda: parts(BODY), True, b"", False),
+        (lambda: parts(BODY), True, b"", True),
+        (BODY, True, b"H", False),
+        (BODY, True, b"HTTP/1.1 100 Continue\r\n\r\n", False),
+    ],
+    ids=["may-not", "may-not-reset", "upload", "upload-reset", "a-byte", "interim"],
+)
+def test_nothing_else_goes_twice(body: Any, again: bool, first: bytes, reset: bool) -> None:
+    async def scene() -> None:
+        asked: list[int] = []
+        async with Stage(closing(asked, reset, first)) as stage:
+            with pytest.raises(Broken):
+                await asked_twice(stage, body() if callable(body) else body, again=again)
+            assert (stage.connections, len(asked)) == (1, 1)
+
+    asyncio.run(scene())
+
+
+def test_a_new_connection_that_ends_is_not_tried_again() -> None:
+    async def scene() -> None:
+        async def slam(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await heard(reader)
+
+        async with Stage(slam) as stage:
+            with pytest.raises(Broken):
+                await told(stage, body=b"x", again=True)
+            assert stage.connections == 1
+
+    asyncio.run(scene())
+
+
+def test_a_worker_that_died_of_a_question_is_not_unreachable() -> None:
+    """Else the question would go on to the next worker, and no budget of retries would end that."""
+
+    async def scene() -> None:
+        async def mortal(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await heard(reader)
+            writer.write(OK)
+            await heard(reader)
+            stage._server.close()
+
+        async with Stage(mortal) as stage:
+            with pytest.raises(Broken):
+                await asked_twice(stage, BODY, again=True)
+            assert stage.connections == 1
+
+    asyncio.run(scene())
+
+
+def test_a_connection_that_ends_late_was_not_idle() -> None:
+    async def scene() -> None:
+        async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await heard(reader)
+            writer.write(OK)
+            await heard(reader)
+            await asyncio.sleep(0.05)
+
+        async with Stage(slow) as stage:
+            wire = Wire(keepalive_seconds=60.0)
+            reply = await wire.ask(Question(stage.url, b"/", []))
+            await reply.read()
+            reply.close()
+            with pytest.raises(Broken):
+                await wire.ask(Question(stage.url, b"/", [], b"x", connect_seconds=0.01, again=True))
+            assert stage.connections == 1
+            await wire.aclose()
+
+    asyncio.run(scene())
+
+
 def test_an_answer_nobody_asked_for_is_given_to_nobody() -> None:
     async def scene() -> None:
         async with Stage(saying(OK + OK, hang_up=False)) as stage:
@@ -248,17 +383,6 @@ def test_a_reader_that_does_not_read_makes_the_worker_wait() -> None:
             reply.close()
 
     asyncio.run(scene())
-
-
-def parts(*pieces: bytes, then: Exception | None = None) -> AsyncIterator[bytes]:
-    async def made() -> AsyncIterator[bytes]:
-        for piece in pieces:
-            yield piece
-            await asyncio.sleep(0)
-        if then is not None:
-            raise then
-
-    return made()
 
 
 def test_a_body_in_parts_goes_with_its_length_or_in_chunks() -> None:
