@@ -6,11 +6,13 @@ from typing import Any, Literal
 from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import Response
 from pydantic import SecretStr
+from starlette.requests import ClientDisconnect
 
 from cacheengine.errors import IndexDown
 from gateway.admin_door import guard
 from gateway.dispatch import SESSION, Dispatcher
 from gateway.errors import BodyTooLarge, GatewayError
+from gateway.exchange import CLIENT_CLOSED
 from gateway.health import Health
 from gateway.siblings import Siblings
 from gateway.tenants import Door
@@ -73,6 +75,8 @@ def admin(
                 if len(body) > max_body_bytes:
                     raise BodyTooLarge(max_body_bytes)
             return await dispatcher.explain(body, request.headers.get(SESSION.decode(), "").encode("latin-1"))
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_CLOSED)  # nobody hears it
         except GatewayError as exc:
             headers = {name.decode(): value.decode() for name, value in exc.headers()}
             return Response(exc.body(), exc.status, headers)

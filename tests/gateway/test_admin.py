@@ -1,5 +1,6 @@
 """The operators' pages, aliases and adapters, on real sockets."""
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Iterator
@@ -123,6 +124,22 @@ def test_what_cannot_be_explained_is_refused_like_the_request_itself(pair: Pair)
     ]
     assert [reply.status_code for reply in replies] == [400, 404, 503, 413]
     assert all(reply.json()["error"]["message"] for reply in replies)
+
+
+def test_who_leaves_in_the_middle_of_asking_is_no_error() -> None:
+    """What comes out of the application is a traceback in the log."""
+    asked = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    said: list[Any] = []
+
+    async def receive() -> Any:
+        return next(asked)
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": EXPLAIN, "query_string": b"", "headers": []}
+    asyncio.run(create_app(GatewayConfig())(scope, receive, send))  # type: ignore[arg-type]
+    assert said[0]["status"] == 499
 
 
 def test_an_alias_reaches_the_worker_under_the_models_name(pair: Pair) -> None:
