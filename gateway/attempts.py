@@ -9,7 +9,7 @@ from gateway.errors import GatewayError, NoWorker, TooSlow, Unreachable, Upstrea
 from gateway.exchange import Exchange, Prompt
 from gateway.health import Health, RetryBudget, Trial
 from gateway.metrics import Metrics
-from gateway.proxy import Client, Patience, ask_worker, relay
+from gateway.proxy import Patience, ask_worker, relay
 from gateway.trace import Attempt
 from gateway.usage import Usage
 from gateway.wire import Headers, Transport
@@ -120,10 +120,11 @@ class Attempts:
             trial.first_byte(answer.status)
             span.first_byte(answer.status)
             exchange.ttft = time.perf_counter() - exchange.arrived
+            exchange.answered = answer.status
             if answer.status == 200:
                 self._router.spoke(placement, exchange.ttft)
             try:
-                await relay(answer, client, _explanation(client, placement))
+                await relay(answer, client, _explanation(exchange, placement))
             finally:
                 exchange.usage = answer.usage
             return answer.status
@@ -135,14 +136,18 @@ class Attempts:
                 self._router.learn(placement, prompt.tokens, cached)
 
 
-def _explanation(client: Client, placement: Placement) -> Headers:
-    """Response headers for whoever asked why, with `x-cairn-explain: 1`."""
-    if client.header(b"x-cairn-explain") != b"1":
+def _explanation(exchange: Exchange, placement: Placement) -> Headers:
+    """Response headers for whoever asked why, with `x-cairn-explain: 1`.  Who the workers are, and how busy,
+    is not for tenants."""
+    if exchange.client.header(b"x-cairn-explain") != b"1":
         return []
-    return [
-        (b"x-cairn-worker", placement.worker.id.encode("latin-1", "replace")),
+    told = [
         (b"x-cairn-reason", placement.reason.encode()),
         (b"x-cairn-expected-hit-tokens", b"%d" % placement.expected_hit_tokens),
         (b"x-cairn-policy", placement.policy.encode()),
-        (b"x-cairn-terms", ", ".join(f"{k}={ms:g}ms" for k, ms in placement.terms_ms.items()).encode()),
     ]
+    if exchange.visit is None:
+        terms = ", ".join(f"{name}={ms:g}ms" for name, ms in placement.terms_ms.items())
+        told.append((b"x-cairn-worker", placement.worker.id.encode("latin-1", "replace")))
+        told.append((b"x-cairn-terms", terms.encode()))
+    return told

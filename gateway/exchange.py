@@ -47,6 +47,7 @@ class Exchange:
     prompt: Prompt | None = None
     placement: Placement | None = None  # of the last attempt
     attempts: int = 0  # workers that were asked
+    answered: int = 0  # the worker's status; the client was told 200 where comments went before it
     queued: float = 0.0  # seconds it waited for its turn
     ttft: float | None = None  # seconds from `arrived` to the worker's first byte
     usage: Usage = NO_USAGE  # what the worker says it cost; also of an answer that broke off

@@ -178,6 +178,27 @@ def test_comments_in_silence_are_no_tokens(where, worker, worker_url, keys_file)
         assert usage(client)["completion_tokens"] == 2
 
 
+def test_an_error_after_comments_costs_no_tokens(where, worker, worker_url, keys_file) -> None:
+    key = create(where, "--tenant", "a")
+    with gateway(worker_url, keys_file=str(keys_file), keepalive_seconds=0.05) as client:
+        for number, status in enumerate((400, 503), 1):
+            worker.pause, worker.status = 0.5, status
+            said = client.post(CHAT, json={**BODY, "stream": True}, headers=bearer(key))
+            assert said.status_code == 200
+            assert said.text.startswith(": keepalive")
+            assert "error" in said.text
+            wait_until(lambda number=number: usage(client)["requests"] == number, 30)
+        assert (usage(client)["prompt_tokens"], usage(client)["completion_tokens"]) == (0, 0)
+
+
+def test_a_tenant_is_told_why_but_not_who_the_workers_are(where, worker_url, keys_file) -> None:
+    key = create(where, "--tenant", "a")
+    with gateway(worker_url, keys_file=str(keys_file)) as client:
+        told = client.post(CHAT, json=BODY, headers={**bearer(key), "x-cairn-explain": "1"}).headers
+        names = {name for name in told if name.startswith("x-cairn-")}
+        assert names == {"x-cairn-reason", "x-cairn-policy", "x-cairn-expected-hit-tokens"}
+
+
 @pytest.mark.parametrize(
     ("prompt", "prompts"), [("a", 1), ([5, 6], 1), (["a", "b"], 2), ([[5], [6], [7]], 3)]
 )
