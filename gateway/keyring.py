@@ -10,6 +10,8 @@ or, without a Redis, the same records in a YAML or JSON file: `{secret: <hex>, k
 """
 
 import asyncio
+import contextlib
+import fcntl
 import hashlib
 import hmac
 import logging
@@ -17,7 +19,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -144,6 +146,20 @@ class FileKeys:
     @property
     def there(self) -> bool:
         return self._path.exists()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process changes the file meanwhile.  The lock is a file beside it, because the file itself
+        is replaced.  Raises KeysDown."""
+        with contextlib.ExitStack() as held:
+            try:
+                lock = os.open(
+                    self._path.with_name(f".{self._path.name}.lock"), os.O_CREAT | os.O_RDWR, 0o600
+                )
+                fcntl.flock(held.enter_context(os.fdopen(lock)), fcntl.LOCK_EX)
+            except OSError as exc:
+                raise KeysDown(f"{self._path} cannot be written ({type(exc).__name__})") from exc
+            yield
 
     async def read(self) -> Mapping[str, str]:
         return await asyncio.to_thread(self._read)

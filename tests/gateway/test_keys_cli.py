@@ -2,6 +2,8 @@
 
 import json
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,37 @@ def test_a_key_is_printed_once_and_only_its_digest_is_kept(tmp_path: Path) -> No
     assert str(row["id"]) in shown
     for secret in (key, digest_of(key.encode())):
         assert secret not in shown + json.dumps(row)
+
+
+MANY = """
+import sys
+from typer.testing import CliRunner
+from gateway.cli import app
+input()
+for _ in range(30):
+    done = CliRunner().invoke(app, ["keys", "create", "--tenant", "t", "--file", sys.argv[1]])
+    assert not done.exit_code, done.output
+"""
+
+
+@pytest.mark.e2e
+def test_two_who_make_keys_at_once_lose_none(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    makers = [
+        subprocess.Popen([sys.executable, "-c", MANY, str(file)], stdin=subprocess.PIPE) for _ in range(2)
+    ]
+    try:
+        for maker in makers:
+            assert maker.stdin
+            maker.stdin.write(b"\n")
+            maker.stdin.flush()
+        assert [maker.wait(120) for maker in makers] == [0, 0]
+    finally:
+        for maker in makers:
+            maker.kill()
+            maker.communicate()
+    assert len(listed("--file", str(file))) == 60
+    assert stat.S_IMODE((tmp_path / ".keys.yaml.lock").stat().st_mode) == 0o600
 
 
 def test_keys_in_redis_are_made_listed_and_revoked_and_the_salt_s_secret_stays(valkey: ValkeyServer) -> None:
