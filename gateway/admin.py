@@ -32,6 +32,7 @@ def admin(
     """/admin/*; `cairn status` reads /admin/workers."""
     api = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(guard(token))])
     _tenants(api, door)
+    _explained(api, dispatcher, max_body_bytes)
 
     @api.get("/workers")
     async def workers() -> dict[str, Any]:
@@ -65,6 +66,22 @@ def admin(
         newest = islice(reversed(router.decisions), max(0, min(limit, DECISIONS)))
         return {"decisions": [dict(decision) for decision in newest]}
 
+    return api
+
+
+def worker_rows(router: Router, health: Health) -> list[dict[str, Any]]:
+    """Every known worker, with this gateway's open requests on it and how far the index is believed."""
+    return [_row(router, health, row) for row in router.registry.describe()]
+
+
+def _tenants(api: APIRouter, door: Door) -> None:
+    @api.get("/tenants")
+    async def tenants() -> dict[str, Any]:
+        """What each tenant has used of this process since its start, and of the month everywhere."""
+        return {"shared": door.shared, "tenants": door.usage()}
+
+
+def _explained(api: APIRouter, dispatcher: Dispatcher, max_body_bytes: int) -> None:
     @api.post("/route/explain")
     async def explain(request: Request) -> Any:
         """Where this body, as for chat/completions or completions, would go now, and why.  A dry run."""
@@ -80,20 +97,6 @@ def admin(
         except GatewayError as exc:
             headers = {name.decode(): value.decode() for name, value in exc.headers()}
             return Response(exc.body(), exc.status, headers)
-
-    return api
-
-
-def worker_rows(router: Router, health: Health) -> list[dict[str, Any]]:
-    """Every known worker, with this gateway's open requests on it and how far the index is believed."""
-    return [_row(router, health, row) for row in router.registry.describe()]
-
-
-def _tenants(api: APIRouter, door: Door) -> None:
-    @api.get("/tenants")
-    async def tenants() -> dict[str, Any]:
-        """What each tenant has used of this process since its start, and of the month everywhere."""
-        return {"shared": door.shared, "tenants": door.usage()}
 
 
 def _row(router: Router, health: Health, row: dict[str, Any]) -> dict[str, Any]:
