@@ -10,7 +10,6 @@ or, without a Redis, the same records in a YAML or JSON file: `{secret: <hex>, k
 """
 
 import asyncio
-import contextlib
 import fcntl
 import hashlib
 import hmac
@@ -19,7 +18,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -147,20 +146,6 @@ class FileKeys:
     def there(self) -> bool:
         return self._path.exists()
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """No other process changes the file meanwhile.  The lock is a file beside it, because the file itself
-        is replaced.  Raises KeysDown."""
-        with contextlib.ExitStack() as held:
-            try:
-                lock = os.open(
-                    self._path.with_name(f".{self._path.name}.lock"), os.O_CREAT | os.O_RDWR, 0o600
-                )
-                fcntl.flock(held.enter_context(os.fdopen(lock)), fcntl.LOCK_EX)
-            except OSError as exc:
-                raise KeysDown(f"{self._path} cannot be written ({type(exc).__name__})") from exc
-            yield
-
     async def read(self) -> Mapping[str, str]:
         return await asyncio.to_thread(self._read)
 
@@ -185,15 +170,18 @@ class FileKeys:
         return self._seen
 
     def _put(self, field: str, record: str) -> None:
-        held = dict(self._read()) if self.there else {}
-        held[field] = record
-        keys = [msgspec.json.decode(text) for name, text in held.items() if name != SECRET and text]
-        text = yaml.safe_dump({"secret": held.get(SECRET, ""), "keys": keys}, sort_keys=False)
-        scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        scratch, guard = (self._path.with_name(f".{self._path.name}.{end}") for end in (os.getpid(), "lock"))
         try:
-            with os.fdopen(os.open(scratch, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
-                file.write(text)
-            os.rename(scratch, self._path)
+            with os.fdopen(os.open(guard, os.O_CREAT | os.O_RDWR, 0o600)) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # a file of its own: the other is replaced
+                held = dict(self._read()) if self.there else {}
+                if field != SECRET or not held.get(SECRET):  # else somebody was faster
+                    held[field] = record
+                keys = [msgspec.json.decode(text) for name, text in held.items() if name != SECRET and text]
+                text = yaml.safe_dump({"secret": held.get(SECRET, ""), "keys": keys}, sort_keys=False)
+                with os.fdopen(os.open(scratch, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
+                    file.write(text)
+                os.rename(scratch, self._path)
         except OSError as exc:
             raise KeysDown(f"{self._path} cannot be written ({type(exc).__name__})") from exc
 

@@ -4,7 +4,6 @@ A key is printed once, by `create`, on standard output.  Gateways hear of a chan
 """
 
 import asyncio
-import contextlib
 import json
 import re
 import secrets
@@ -109,7 +108,7 @@ def show(redis_url: RedisUrl = None, file: File = None, as_json: AsJson = False)
     async def look(store: Store, held: dict[str, str]) -> list[Key]:
         return sorted(records(held).values(), key=lambda key: (key.tenant, key.created, key.id))
 
-    keys = _with(redis_url, file, look, changes=False)
+    keys = _with(redis_url, file, look)
     if as_json:
         typer.echo(json.dumps([_plain(key) for key in keys], indent=1))
     elif keys:
@@ -138,20 +137,15 @@ def revoke(
 
 
 def _with(
-    redis_url: str | None,
-    file: Path | None,
-    work: Callable[[Store, dict[str, str]], Awaitable[T]],
-    changes: bool = True,
+    redis_url: str | None, file: Path | None, work: Callable[[Store, dict[str, str]], Awaitable[T]]
 ) -> T:
     """Run `work` on the store and what it holds.  Raises LaunchError."""
 
     async def run() -> T:
         store = _store(redis_url, file)
         try:
-            if not isinstance(store, FileKeys):
-                return await work(store, dict(await store.read()))
-            with store.alone() if changes else contextlib.nullcontext():
-                return await work(store, dict(await store.read()) if store.there else {})
+            held = {} if isinstance(store, FileKeys) and not store.there else dict(await store.read())
+            return await work(store, held)
         finally:
             await store.close()
 

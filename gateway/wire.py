@@ -227,9 +227,8 @@ class _Line(asyncio.Protocol):
         return question.again and isinstance(question.body, bytes) and not (self._heard or late)
 
     def send(self, head: bytes, question: Question) -> None:
-        self.status, self.headers = 0, []
+        self.status, self.headers, self._head_bytes = 0, [], 0
         self._heard, self.since = False, self._loop.time()
-        self._head_bytes = 0
         self._headed = self._done = self._framed = self._again = False
         self._asked = True
         if isinstance(question.body, bytes):
