@@ -145,9 +145,7 @@ def _explanation(exchange: Exchange, placement: Placement) -> Headers:
         (b"x-cairn-reason", placement.reason.encode()),
         (b"x-cairn-expected-hit-tokens", b"%d" % placement.expected_hit_tokens),
         (b"x-cairn-policy", placement.policy.encode()),
+        (b"x-cairn-worker", placement.worker.id.encode("latin-1", "replace")),
+        (b"x-cairn-terms", ", ".join(f"{k}={ms:g}ms" for k, ms in placement.terms_ms.items()).encode()),
     ]
-    if exchange.visit is None:
-        terms = ", ".join(f"{name}={ms:g}ms" for name, ms in placement.terms_ms.items())
-        told.append((b"x-cairn-worker", placement.worker.id.encode("latin-1", "replace")))
-        told.append((b"x-cairn-terms", terms.encode()))
-    return told
+    return told if exchange.visit is None else told[:3]

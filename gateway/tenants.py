@@ -213,9 +213,8 @@ def tokens_used(exchange: Exchange, visit: Visit) -> tuple[int, int]:
     one that broke off): our count of the prompt, and of events, of which vLLM sends about one a token.
     Nothing for what was refused or never reached a worker."""
     usage, prompt, client = exchange.usage, exchange.prompt, exchange.client
-    if prompt is None or visit.grant is None or not exchange.attempts:
-        return 0, 0
-    if max(client.status, exchange.answered) >= 400 or (exchange.failure and not client.answered):
+    failed = max(client.status, exchange.answered) >= 400 or (exchange.failure and not client.answered)
+    if prompt is None or visit.grant is None or not exchange.attempts or failed:
         return 0, 0
     counted = prompt.tokens if usage.prompt is None else usage.prompt
     if usage.completion is not None or usage.prompt is not None:
