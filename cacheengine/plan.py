@@ -67,7 +67,7 @@ Op = Literal["read", "write", "gather", "scatter"]
 
 
 class Timing(NamedTuple):
-    """One measured transfer, for the moving averages the router uses."""
+    """One measured transfer, for the rates the planner and the router use."""
 
     tier: str
     op: Op

@@ -232,13 +232,19 @@ def test_on_evict_waits_until_host_slots_run_out():
     assert rig.store.fill()[DISK][0] > 0
 
 
-@pytest.mark.parametrize(("bytes_per_second", "hit"), [(1e9, 4), (1e3, 0)])
+def measured(rig: Rig, *bytes_per_second: int) -> None:
+    """Computing was measured, and loading from the disk so often."""
+    rig.planner.rates.observe_prefill(1000, 1.0)
+    for speed in bytes_per_second:
+        rig.planner.rates.observe_read(DISK, speed, 1.0)
+
+
+@pytest.mark.parametrize(("bytes_per_second", "hit"), [(10**9, 4), (1000, 0)])
 def test_what_is_quicker_computed_is_not_loaded(bytes_per_second, hit):
     rig = Rig(host=4, disk=16)
     rig.warm()
     rig.warm([7] * 4 * CHUNK, "other")  # the first prompt is only on the disk now
-    rig.planner.rates.observe_prefill(1000, 1.0)
-    rig.planner.rates.observe_read(DISK, int(bytes_per_second), 1.0)
+    measured(rig, *[bytes_per_second] * 3)
     rig.planner.begin("a", PROMPT, [])
     assert rig.planner.matched("a", PROMPT, 0) == hit * CHUNK
     rig.serve("a", PROMPT, hit * CHUNK)
@@ -249,12 +255,21 @@ def test_what_is_quicker_computed_is_not_loaded(bytes_per_second, hit):
     assert rig.planner.matched("b", PROMPT, 0) == 4 * CHUNK
 
 
+@pytest.mark.parametrize("speeds", [(1000,), (1000, 1000), (10**9, 1000, 1000), (1000, 10**9, 1000, 1000)])
+def test_a_tier_is_slow_only_when_it_was_slow_three_times_in_a_row(speeds):
+    rig = Rig(host=4, disk=16)
+    rig.warm()
+    rig.warm([7] * 4 * CHUNK, "other")
+    measured(rig, *speeds)
+    rig.planner.begin("a", PROMPT, [])
+    assert rig.planner.matched("a", PROMPT, 0) == 4 * CHUNK
+
+
 def test_who_wants_everything_loaded_gets_it():
     rig = Rig(host=4, disk=16, loading="always")
     rig.warm()
     rig.warm([7] * 4 * CHUNK, "other")
-    rig.planner.rates.observe_prefill(1000, 1.0)
-    rig.planner.rates.observe_read(DISK, 1000, 1.0)
+    measured(rig, 1000, 1000, 1000)
     rig.planner.begin("a", PROMPT, [])
     assert rig.planner.matched("a", PROMPT, 0) == 4 * CHUNK
 
@@ -262,8 +277,7 @@ def test_who_wants_everything_loaded_gets_it():
 def test_a_slow_tier_is_crossed_for_what_lies_behind_it():
     rig = Rig(host=16, disk=16)
     rig.warm()
-    rig.planner.rates.observe_prefill(1000, 1.0)
-    rig.planner.rates.observe_read(DISK, 50_000, 1.0)  # 0.13 s a chunk, computing takes 0.06
+    measured(rig, 50_000, 50_000, 50_000)  # 0.13 s a chunk, computing takes 0.06
     for key in SCHEME.keys(PROMPT)[:1]:
         rig.store.unlearn(key, HOST)
     rig.planner.begin("a", PROMPT, [])
