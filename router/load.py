@@ -69,11 +69,6 @@ class LoadBoard:
         """The latter alone."""
         return self.open(worker_id)[1]
 
-    def queued_tokens(self, worker_id: str, reported: float, beat_ms: float) -> float:
-        """Tokens in front of a new request: ours as of now, and others' as the latest heartbeat says."""
-        ours = self.prefilling(worker_id)
-        return ours + self.others(worker_id, ours, reported, beat_ms)
-
     def others(self, worker_id: str, ours: int, reported: float, beat_ms: float, note: bool = True) -> float:
         """Tokens that others have queued on it, as the latest heartbeat says.
 

@@ -9,6 +9,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from router.load import LoadBoard, Ticket
 
 
+def queued_tokens(board: LoadBoard, worker_id: str, reported: float, beat_ms: float) -> float:
+    """Tokens in front of a new request: ours as of now, and others' as the latest heartbeat says."""
+    ours = board.prefilling(worker_id)
+    return ours + board.others(worker_id, ours, reported, beat_ms)
+
+
 def test_a_request_counts_until_its_first_byte_and_until_it_is_done() -> None:
     board = LoadBoard()
     ticket = board.start("a", 1000, 300)
@@ -38,12 +44,12 @@ def test_a_hit_larger_than_the_prompt_is_no_negative_work() -> None:
 def test_the_queue_is_ours_now_plus_what_the_heartbeat_says_of_others() -> None:
     board = LoadBoard()
     mine = board.start("a", 1000, 0)
-    assert board.queued_tokens("a", reported=1500, beat_ms=1) == 1500  # 500 are somebody else's
+    assert queued_tokens(board, "a", reported=1500, beat_ms=1) == 1500  # 500 are somebody else's
     mine.done()
-    assert board.queued_tokens("a", reported=1500, beat_ms=1) == 500  # same beat: ours are known to be gone
+    assert queued_tokens(board, "a", reported=1500, beat_ms=1) == 500  # same beat: ours are known to be gone
     board.start("a", 200, 0)
-    assert board.queued_tokens("a", reported=1500, beat_ms=1) == 700
-    assert board.queued_tokens("a", reported=0, beat_ms=2) == 200  # the worker has not seen ours yet
+    assert queued_tokens(board, "a", reported=1500, beat_ms=1) == 700
+    assert queued_tokens(board, "a", reported=0, beat_ms=2) == 200  # the worker has not seen ours yet
 
 
 def test_a_worker_that_left_is_forgotten_when_its_last_request_ends() -> None:
@@ -138,7 +144,7 @@ class SeveralGateways(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 2))
     def look(self, number: int) -> None:
-        queued = self.boards[number].queued_tokens("w", self.reported, self.beat)
+        queued = queued_tokens(self.boards[number], "w", self.reported, self.beat)
         if not self.seen[number]:
             self.seen[number] = True
             self.slack[number] = abs(self.sent(number) - self.at_beat[number])
@@ -158,7 +164,7 @@ class SeveralGateways(RuleBasedStateMachine):
         for number, board in enumerate(self.boards):
             for ticket, _ in self.open[number]:
                 ticket.done()
-            assert board.queued_tokens("w", reported=0, beat_ms=self.beat + 1) == 0
+            assert queued_tokens(board, "w", reported=0, beat_ms=self.beat + 1) == 0
 
 
 TestSeveralGateways = SeveralGateways.TestCase

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from router.load import Ticket
 from router.shared_load import SharedLoadBoard
+from tests.router.test_load import queued_tokens
 
 WORKERS = ("a", "b", "c", "d")
 
@@ -57,9 +58,9 @@ def test_a_heartbeat_takes_off_what_all_processes_sent(boards: Boards) -> None:
     one, two = boards
     one.start("a", 1000, 0)
     two.start("a", 200, 0)
-    assert [b.queued_tokens("a", reported=1500, beat_ms=1) for b in boards] == [1500] * 2
+    assert [queued_tokens(b, "a", reported=1500, beat_ms=1) for b in boards] == [1500] * 2
     two.start("a", 100, 0)
-    assert [b.queued_tokens("a", reported=1500, beat_ms=1) for b in boards] == [1600] * 2
+    assert [queued_tokens(b, "a", reported=1500, beat_ms=1) for b in boards] == [1600] * 2
 
 
 def test_a_forgotten_workers_place_is_somebody_elses_and_nobody_mixes_them_up(boards: Boards) -> None:
@@ -94,6 +95,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from router.shared_load import SharedLoadBoard
+from tests.router.test_load import queued_tokens
 board = SharedLoadBoard(Path(sys.argv[1]), 2)
 tickets = [board.start("a", 100, 0) for _ in range(3)]
 print("sent", flush=True)
