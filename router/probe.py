@@ -22,12 +22,14 @@ class Probe:
     def __init__(self, http: httpx.AsyncClient) -> None:
         self._http = http
 
-    async def healthy(self, url: str, otherwise: bool) -> bool:
-        """Whether /health answers 200; `otherwise` where it was not asked, for want of a connection."""
+    async def healthy(self, url: str, otherwise: bool) -> bool | None:
+        """Whether /health answers 200; None: it is late; `otherwise`: not asked, for want of a connection."""
         try:
             reply = await self._http.get(f"{url}/health", timeout=HEALTH_SECONDS)
         except httpx.PoolTimeout:
             return otherwise
+        except (httpx.ReadTimeout, httpx.WriteTimeout):
+            return None
         except Exception:  # noqa: BLE001  whatever it was, it did not answer
             return False
         return reply.status_code == 200

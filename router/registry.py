@@ -203,7 +203,11 @@ class Registry:
             )
         finally:
             self._proving = False
-        for known, healthy in zip(asked, answers, strict=True):
+        well = {known.worker.model for known, healthy in zip(asked, answers, strict=True) if healthy}
+        well |= {known.worker.model for known in self._known.values() if self._vouched(known)}
+        for known, answer in zip(asked, answers, strict=True):
+            # who is late may be busy: others do its work, if there are any; a standstill empties no fleet
+            healthy = known.ready and known.worker.model not in well if answer is None else answer
             if healthy != known.ready:
                 log.info("worker %s is %s", known.worker.id, "ready" if healthy else "not ready")
             known.ready = known.healthy = healthy
@@ -330,7 +334,7 @@ class Registry:
         """A fresh lease speaks for a worker that was ready; everybody else is asked."""
         return known.ready and known.source.vouches and not known.worker.stale
 
-    async def _healthy(self, known: _Known) -> bool:
+    async def _healthy(self, known: _Known) -> bool | None:
         return await self._probe.healthy(known.worker.url, otherwise=known.ready)
 
     def _curious(self) -> list[_Known]:

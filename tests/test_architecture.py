@@ -81,7 +81,7 @@ MAY_IMPORT = {
 # The plan said 9,400, without the launcher (`make up`, `cairn status` and `doctor`: 1,900 lines).  Then came
 # codecs, Sentinel and Cluster, eviction policies, tails, quotas, the commands that look into the cache; then
 # the gateway as a product: tenants, limits, a fair queue, breakers, all of OpenAI's paths, spans, dashboard.
-MAX_LINES = {"file": 400, "function": 60, "product": 22_400}
+MAX_LINES = {"file": 400, "function": 60, "product": 22_450}
 MAY_USE = {
     "torch": ("cacheengine.ops", "cacheengine.connectors", "gateway.launch.convert"),
     "vllm": ("cacheengine.connectors",),

@@ -59,6 +59,8 @@ class House:
         self.asked.append(request.url.host)
         if request.url.host in self.sick:
             raise httpx.ConnectError("refused")
+        if request.url.host + "?" in self.sick:
+            raise httpx.ReadTimeout("late")
         return httpx.Response(503 if request.url.host + "!" in self.sick else 200)
 
     def run(self, job: Coroutine[Any, Any, T]) -> T:
@@ -109,6 +111,25 @@ def test_a_worker_takes_traffic_once_its_health_answered(house: House) -> None:
     assert house.asked == ["a"]  # a lease speaks for b
     assert house.look() == "ab"
     assert house.asked == []
+
+
+def test_who_is_late_is_out_while_others_do_its_work_but_a_standstill_empties_no_fleet() -> None:
+    house = House(None, StaticWorker("http://a:1", "m"), StaticWorker("http://b:1", "m"))
+    try:
+        house.sick = {"a?"}  # connected, and no answer in time
+        assert house.look() == "b:1"
+        house.sick = set()
+        assert house.look() == "a:1b:1"
+        house.sick = {"a?"}
+        assert house.look() == "b:1"
+        house.sick = set()
+        house.look()
+        house.sick = {"a?", "b?"}
+        assert house.look() == "a:1b:1"
+        house.sick = {"a?", "b"}  # b refuses connections: nobody is there
+        assert house.look() == "a:1"
+    finally:
+        house.close()
 
 
 def test_a_lease_becomes_a_worker(house: House) -> None:
