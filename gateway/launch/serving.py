@@ -146,7 +146,7 @@ def main() -> None:
         sys.exit(f"cairn gateway: {exc}")
     serving.ready = told["ready"]
     sockets = [socket.socket(fileno=fd) for fd in told["listeners"]]
-    gc.set_threshold(5_000, 20, 20)  # a twentieth of the time went into looking at requests under way
+    gc.set_threshold(5_000, 10, 5)  # a twentieth of the time went into looking at requests under way
     gc.collect()
     gc.freeze()  # what is here stays: later collections need not look at it
     with logs.opened(config):

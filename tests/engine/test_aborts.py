@@ -28,6 +28,9 @@ def test_an_abort_at_the_gateway_is_an_abort_in_the_engine(start: Start, tiny: P
     log = worker.log.read_text(errors="replace")
     reached = len(re.findall(r"Added request \S+", log))
     aborted = len(re.findall(r"Request \S+ aborted", log))
-    assert worker.metric("vllm:request_success_total", finished_reason="length") == told["whole"]
-    assert aborted == reached - told["whole"]
-    assert told["first"] + told["middle"] <= aborted <= told["sent"] + told["first"] + told["middle"]
+    finished = worker.metric("vllm:request_success_total", finished_reason="length")
+    # on a busy machine the engine may be through with 3,500 tokens before its own server has a turn to hear
+    assert told["whole"] <= finished <= told["whole"] + 3
+    assert aborted == reached - finished
+    hung_up = told["first"] + told["middle"] - (finished - told["whole"])
+    assert hung_up <= aborted <= told["sent"] + told["first"] + told["middle"]
